@@ -1,0 +1,215 @@
+"""Make train.csv, validation.csv and test.csv from the Large Movie Review Dataset (Maas et al., 2011).
+
+    python download_prepare_dataset.py
+
+downloads the official archive, reads its 50,000 labelled reviews straight out of it, shuffles
+and cuts them as the published experiment did, and writes the three files.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import pandas as pd
+import requests
+from tqdm import tqdm
+
+from finetuning.cli import ArgumentParser, run
+from finetuning.errors import UserError
+from finetuning.files import written_whole
+from finetuning.reviews import csv_paths
+
+# The published order; the shuffle starts from it.
+FOLDERS = ("test/pos", "test/neg", "train/pos", "train/neg")
+LABELS = {"pos": 1, "neg": 0}
+REVIEWS_PER_FOLDER = 12_500
+# A review's place in the archive. Everything else in there is ignored.
+REVIEW_NAME = re.compile(r"(?:\./)?aclImdb/((?:test|train)/(?:pos|neg))/(\d+_\d+\.txt)")
+# The longest review has 13,704 characters; what claims to be far larger is not a review.
+MAX_REVIEW_BYTES = 1_000_000
+TIMEOUT = 30  # seconds without a byte from the server
+
+
+class Download(NamedTuple):
+    """Where an archive is, and what it must be if that is known beforehand."""
+
+    url: str
+    size: int | None = None  # bytes
+    md5: str | None = None
+
+
+OFFICIAL = Download("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+                    84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    source = fetch_archive(args.archive, Path(args.data_dir))
+    reviews = load_dataset_to_dataframe(source)
+    print(f"Read {len(reviews):,} labelled reviews from {source}")
+    splits = partition_and_save(reviews, args.data_dir, args.split)
+    print(summary(*splits))
+    print(f"Wrote {', '.join(map(str, csv_paths(args.data_dir)))}")
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description="Download the IMDb movie reviews and write train.csv, validation.csv, test.csv")
+    parser.add_argument("--archive", metavar="PATH_OR_URL", default=OFFICIAL.url,
+                        help="archive (file or URL) or an extracted aclImdb folder")
+    parser.add_argument("--data_dir", default=".", help="folder to write the CSV files to")
+    parser.add_argument("--split", choices=list(PARTITIONS), default="random",
+                        help="random: 35,000/5,000/10,000 as published; "
+                             "official: test on the release's own 25,000 test reviews, of other films")
+    return parser.parse_args(argv)
+
+
+def fetch_archive(archive, data_dir):
+    """Return the local path of `archive`, downloading it into `data_dir` where it is a URL."""
+    if urlsplit(archive).scheme not in ("http", "https"):
+        if not os.path.exists(archive):
+            raise UserError(f"no archive or folder at {archive}")
+        return Path(archive)
+    wanted = OFFICIAL if archive == OFFICIAL.url else Download(archive)
+    target = data_dir / Path(urlsplit(archive).path).name
+    if wanted.md5 and target.is_file() and md5(target) == wanted.md5:
+        return target
+    download(wanted, target)
+    return target
+
+
+def md5(path):
+    """Hexadecimal MD5 of a file's content: the digest that is known of the official archive."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def download(wanted, target):
+    """Download a file to `target`, which appears only once it is whole.
+
+    Raises UserError if the server cannot be reached, answers with an error, or sends
+    something of another size or digest than it should.
+    """
+    try:
+        with written_whole(target) as (temporary,), requests.get(wanted.url, stream=True, timeout=TIMEOUT) as response:
+            response.raise_for_status()
+            size = wanted.size or int(response.headers.get("Content-Length", 0)) or None
+            bar = tqdm(total=size, unit="B", unit_scale=True, desc=target.name)
+            with open(temporary, "wb") as file, bar:
+                for chunk in response.iter_content(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            received = temporary.stat().st_size
+            if size and received != size:
+                raise UserError(f"{wanted.url}: received {received:,} bytes instead of {size:,}; try again")
+            if wanted.md5 and md5(temporary) != wanted.md5:
+                raise UserError(f"{wanted.url}: the file received is not the official archive (its MD5 differs)")
+    except requests.RequestException as error:
+        raise UserError(f"cannot download {wanted.url}: {error}; if you have the archive, "
+                        "pass it with --archive") from error
+
+
+def load_dataset_to_dataframe(source):
+    """Read the labelled reviews from an archive or an extracted folder.
+
+    Returns a data frame with the columns `text`, `label` and `part` (the release's own "test"
+    or "train"), in the published order: test/pos, test/neg, train/pos, train/neg, each in
+    sorted file-name order. Raises UserError where reviews are missing or the archive is damaged.
+    """
+    source = Path(source)
+    reviews = read_folder(source) if source.is_dir() else read_archive(source)
+    lacking = [f"{folder} holds {len(reviews[folder]):,} of {REVIEWS_PER_FOLDER:,} reviews"
+               for folder in FOLDERS if len(reviews[folder]) != REVIEWS_PER_FOLDER]
+    if lacking:
+        raise UserError(f"{source} is not the whole dataset: {', '.join(lacking)}; delete it and download it again")
+    rows = [(decode(content, f"{folder}/{name}"), LABELS[Path(folder).name], Path(folder).parent.name)
+            for folder in FOLDERS for name, content in sorted(reviews[folder].items())]
+    return pd.DataFrame(rows, columns=["text", "label", "part"])
+
+
+def read_archive(path):
+    """Read the reviews out of a tar archive in one pass: {folder: {file name: bytes}}."""
+    reviews = {folder: {} for folder in FOLDERS}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                match = REVIEW_NAME.fullmatch(member.name)
+                if not match or not member.isfile():
+                    continue
+                if member.size > MAX_REVIEW_BYTES:
+                    raise UserError(f"{path}: {member.name} has {member.size:,} bytes; a review has a few thousand")
+                folder, name = match.groups()
+                reviews[folder][name] = archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise UserError(f"{path} is cut short, damaged or no tar archive ({reason}); "
+                        "delete it and download it again") from error
+    return reviews
+
+
+def read_folder(path):
+    """Read the reviews from an extracted aclImdb folder, or its parent: {folder: {file name: bytes}}."""
+    root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
+    return {folder: {file.name: file.read_bytes() for file in (root / folder).glob("*.txt")} for folder in FOLDERS}
+
+
+def decode(content, name):
+    """A review's text, its line ends as "\\n"; raises UserError where it is not UTF-8."""
+    try:
+        return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def shuffled(reviews):
+    """The rows in the published random order."""
+    return reviews.sample(frac=1, random_state=123).reset_index(drop=True)
+
+
+def cut(reviews, *sizes):
+    """Cut into consecutive pieces of the given sizes."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [reviews.iloc[end - size:end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def random_partition(reviews):
+    """The published split: all 50,000 shuffled twice, then cut. One film's reviews fall on both sides."""
+    return cut(shuffled(shuffled(reviews)), 35_000, 5_000, 10_000)
+
+
+def official_partition(reviews):
+    """The release's own split, no film on both sides of it: its test folder is the test set."""
+    train, validation = cut(shuffled(reviews[reviews["part"] == "train"]), 20_000, 5_000)
+    return [train, validation, shuffled(reviews[reviews["part"] == "test"])]
+
+
+PARTITIONS = {"random": random_partition, "official": official_partition}
+
+
+def partition_and_save(reviews, data_dir=".", split="random"):
+    """Cut the reviews into training, validation and test set and write the three CSV files, all or none.
+
+    Returns the three data frames.
+    """
+    splits = PARTITIONS[split](reviews)
+    with written_whole(*csv_paths(data_dir)) as temporaries:
+        for frame, temporary in zip(splits, temporaries, strict=True):
+            # The same bytes on every system, so that records can name the data by its digest.
+            frame.to_csv(temporary, columns=["text", "label"], index=False, lineterminator="\n")
+    return splits
+
+
+def summary(train, validation, test):
+    """The counts, the class balance, and how many test reviews have an exact copy in the training set."""
+    lines = [f"{name:<11} {len(frame):>6,} reviews, {frame['label'].mean():.2%} positive"
+             for name, frame in [("Training:", train), ("Validation:", validation), ("Test:", test)]]
+    twins = test["text"].isin(set(train["text"])).sum()
+    return "\n".join([*lines, f"{twins:,} of the {len(test):,} test reviews have an exact copy in the training set"])
+
+
+if __name__ == "__main__":
+    run(main)

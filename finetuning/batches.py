@@ -1,0 +1,118 @@
+"""From review texts to token ids, and from token ids to padded batches."""
+
+from copy import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from finetuning.errors import UserError
+
+# Evaluation gains from large batches until the device is busy; 64 reviews of 256 tokens are plenty.
+EVALUATION_TOKENS = 64 * 256
+
+
+class Batch(NamedTuple):
+    """Reviews padded on the right to one length."""
+
+    input_ids: torch.Tensor  # (batch, tokens) int64
+    attention_mask: torch.Tensor | None  # (batch, tokens) int64, 1 on real tokens; None: attend to everything
+    lengths: torch.Tensor  # (batch,) int64, real tokens of each review
+    labels: torch.Tensor  # (batch,) int64
+
+    def to(self, device):
+        """The same batch on another device; the copy to a GPU does not wait for it."""
+        if device.type == "cpu":
+            return self
+        pin = device.type == "cuda"
+        return Batch(*(tensor if tensor is None else (tensor.pin_memory() if pin else tensor)
+                       .to(device, non_blocking=pin) for tensor in self))
+
+
+class IMDbDataset(Dataset):
+    """Tokenized reviews with their labels, and how a batch of them is padded.
+
+    `token_ids` holds one sequence of ids per review. A batch is padded with `pad_token_id` to
+    `pad_to` tokens, or to its longest review where that is None. `use_attention_mask` says
+    whether the padding is masked; where a batch has none, it carries no mask.
+    """
+
+    def __init__(self, token_ids, labels, pad_token_id, pad_to=None, use_attention_mask=False):
+        self.lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        # One flat array: 50,000 Python lists of Python integers would take ten times the memory.
+        self.token_ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in token_ids])
+        self.labels = np.array(labels, dtype=np.int64)
+        self.pad_token_id = pad_token_id
+        self.pad_to = pad_to
+        self.use_attention_mask = use_attention_mask
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        """One review: (token ids, int64; label)"""
+        start = self.starts[index]
+        ids = self.token_ids[start:start + self.lengths[index]]
+        return torch.from_numpy(ids.astype(np.int64)), int(self.labels[index])
+
+    def first(self, count):
+        """The first `count` reviews, or all where there are fewer, as a dataset that shares this one's memory."""
+        part = copy(self)
+        part.lengths, part.starts, part.labels = self.lengths[:count], self.starts[:count], self.labels[:count]
+        return part
+
+    def batch(self, indices):
+        """The reviews at `indices` as one padded Batch."""
+        indices = np.asarray(indices)
+        lengths = self.lengths[indices]
+        input_ids = np.full((len(indices), self.pad_to or lengths.max()), self.pad_token_id, dtype=np.int64)
+        for row, index in enumerate(indices):
+            start = self.starts[index]
+            input_ids[row, :lengths[row]] = self.token_ids[start:start + lengths[row]]
+        real = np.arange(input_ids.shape[1]) < lengths[:, None]
+        # Without padding a mask says nothing, and fused attention kernels are faster without one.
+        mask = torch.from_numpy(real.astype(np.int64)) if self.use_attention_mask and not real.all() else None
+        return Batch(torch.from_numpy(input_ids), mask, torch.from_numpy(lengths),
+                     torch.from_numpy(self.labels[indices]))
+
+
+def training_order(num_reviews, batch_size):
+    """One epoch's batches as (steps, batch_size) indices: shuffled, the last partial batch dropped.
+
+    A DataLoader draws it, so that from the same random state the batches are those of the
+    published `DataLoader(shuffle=True, drop_last=True)`.
+    """
+    order = DataLoader(range(num_reviews), batch_size=batch_size, shuffle=True, drop_last=True)
+    return torch.stack(list(order))
+
+
+def evaluation_order(lengths, tokens=EVALUATION_TOKENS):
+    """All reviews as arrays of indices, longest first, each array padding to at most `tokens` tokens.
+
+    Evaluation does not depend on the order, and reviews of like length need little padding.
+    """
+    by_length = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(by_length):
+        count = max(1, tokens // max(1, int(lengths[by_length[start]])))
+        yield by_length[start:start + count]
+        start += count
+
+
+def tokenize(frames, encode, context_length, limit):
+    """Token ids of the reviews in each data frame, cut to a common number of tokens.
+
+    `encode(texts, max_length)` returns the ids of each text, at most `max_length` (None: all).
+    `context_length` is that number or one of `finetuning.cli.CONTEXT_LENGTHS`; `limit` is the
+    most the model can read. Returns (a list of id lists for each frame, the number of tokens).
+    Raises UserError where the number exceeds the limit.
+    """
+    if context_length == "longest_training_example":
+        context_length = min(limit, max(map(len, encode(frames[0]["text"].tolist(), None))))
+    elif context_length == "model_context_length":
+        context_length = limit
+    if context_length > limit:
+        raise UserError(f"--context_length {context_length} is more than the {limit} tokens this model can read")
+    return [encode(frame["text"].tolist(), context_length) for frame in frames], context_length

@@ -1,0 +1,138 @@
+"""Command lines: the flags both train scripts share, and how a script ends when something is wrong."""
+
+import argparse
+import errno
+import shlex
+import signal
+import sys
+
+from finetuning.errors import UserError
+
+CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
+# Failures of the disk or its permissions are the world's, not a bug.
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Append each default to its help line, except None, whose meaning the line itself tells."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser that shows every default and reports a mistake in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse; what was typed is kept as `command`, for the record."""
+        namespace = super().parse_args(args, namespace)
+        namespace.command = shlex.join(["python", self.prog, *(sys.argv[1:] if args is None else args)])
+        return namespace
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def positive_int(text):
+    """Parse a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
+def positive_float(text):
+    """Parse a finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return number
+
+
+def seed_number(text):
+    """Parse a seed that PyTorch and NumPy both accept: 0 to 2**32 - 1."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, not {text}")
+    return number
+
+
+def context_length(text):
+    """Parse a number of tokens, or one of the names in CONTEXT_LENGTHS."""
+    return text if text in CONTEXT_LENGTHS else positive_int(text)
+
+
+# argparse names a failing type function in its message; these read better than the functions' names.
+positive_int.__name__ = seed_number.__name__ = "whole number"
+positive_float.__name__ = "number"
+context_length.__name__ = f"context length (a whole number, {' or '.join(CONTEXT_LENGTHS)})"
+
+
+def add_run_arguments(parser):
+    """Add the flags that all three train scripts share: where to read and write, and the seed."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--data_dir", default=".", help="folder of train.csv, validation.csv and test.csv")
+    group.add_argument("--output_dir", help="folder of this run's record (default: results/ and the run's name)")
+    group.add_argument("--seed", type=seed_number, default=123, help="random seed")
+    return group
+
+
+def add_model_arguments(parser, *, trainable_layers):
+    """Start the group of flags about the model with those that both train scripts share; return it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--trainable_layers", choices=["all", "last_block", "last_layer"], default=trainable_layers,
+                       help="which layers learn; the others keep their weights")
+    group.add_argument("--context_length", type=context_length, default=256, metavar="TOKENS",
+                       help=f"tokens kept of each review: a number, {' or '.join(CONTEXT_LENGTHS)}")
+    return group
+
+
+def add_training_arguments(parser, *, learning_rate):
+    """Add the flags about training that both train scripts share."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--num_epochs", type=positive_int, default=1, metavar="N", help="passes over the training set")
+    group.add_argument("--max_steps", type=positive_int, metavar="N",
+                       help="stop after exactly this many updates (default: no limit)")
+    group.add_argument("--batch_size", type=positive_int, default=8, metavar="N", help="reviews per update")
+    group.add_argument("--learning_rate", type=positive_float, default=learning_rate, metavar="X", help="constant")
+    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
+                       help="muon: Muon for the hidden matrices, AdamW for the rest")
+    group.add_argument("--eval_freq", type=positive_int, default=50, metavar="N", help="updates between two log lines")
+    group.add_argument("--eval_iter", type=positive_int, default=20, metavar="N",
+                       help="batches of each set that a log line looks at")
+    group.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                       help="of the arithmetic; auto: bf16 where the hardware has it natively, else fp32")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
+
+
+def note(message):
+    """Tell the reader something that is not part of the published log: on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _leave(signal_number, frame):
+    # SystemExit unwinds the stack, so that `finally` blocks remove temporary files.
+    sys.exit(128 + signal_number)
+
+
+def run(main):
+    """Run a script's `main()`; a user's error, a full disk or Ctrl-C ends in one line instead of a traceback."""
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        main()
+    except UserError as error:
+        note(f"{sys.argv[0]}: {' '.join(str(error).split())}")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        note(f"{sys.argv[0]}: {error.strerror}: {error.filename or 'while writing'}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        note("Interrupted.")
+        sys.exit(130)

@@ -1,0 +1,40 @@
+"""Writing files so that a reader finds the old content or the new, never half of either."""
+
+import hashlib
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(*paths):
+    """Yield one temporary path for each of `paths`; rename them into place when the block succeeds.
+
+    If the block fails, the temporary files are removed and whatever stood at `paths` is left
+    as it was. With several paths the previous files are removed before the first rename, so
+    that a crash in between can leave a file missing, but never old and new ones mixed.
+    """
+    finals = [Path(path) for path in paths]
+    # The process id keeps two runs in one folder from writing to the same temporary file.
+    temporaries = [final.with_name(f".{final.name}.{os.getpid()}.tmp") for final in finals]
+    for final in finals:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporaries
+        for temporary in temporaries:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        if len(finals) > 1:
+            for final in finals:
+                final.unlink(missing_ok=True)
+        for temporary, final in zip(temporaries, finals, strict=True):
+            os.replace(temporary, final)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

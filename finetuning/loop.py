@@ -1,0 +1,131 @@
+"""Loss, accuracy, evaluation, and the one training loop of every neural model here."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from finetuning.batches import Batch, evaluation_order, training_order
+from finetuning.runtime import autocast, synchronize
+
+
+@dataclass
+class Classifier:
+    """A model, how to read a review's class logits from it, and where and how precisely it computes."""
+
+    model: nn.Module
+    read_logits: Callable[[nn.Module, Batch], torch.Tensor]
+    device: torch.device
+    precision: str = "fp32"
+
+    def __call__(self, batch):
+        """Batch on the classifier's device -> logits (batch, classes), float32."""
+        with autocast(self.device, self.precision):
+            return self.read_logits(self.model, batch).float()
+
+
+@dataclass
+class Progress:
+    """How far a training run has come; with the model and the optimizer, all it needs to go on."""
+
+    step: int = 0  # updates made
+    order: torch.Tensor | None = None  # this epoch's batches, (steps, batch_size) indices
+    losses: list = field(default_factory=list)  # training loss of each update
+    curve: list = field(default_factory=list)  # {"step", "train_loss", "validation_loss"} for each log line
+    epochs: list = field(default_factory=list)  # {"step", "train_accuracy", "validation_accuracy"} after each epoch
+    seconds: float = 0.0  # wall-clock time spent
+
+
+def calc_loss_batch(batch, classifier):
+    """Mean cross-entropy of one batch, as a scalar tensor on the classifier's device."""
+    batch = batch.to(classifier.device)
+    return F.cross_entropy(classifier(batch), batch.labels)
+
+
+def predict(reviews, classifier):
+    """Logits (len(reviews), classes) of an IMDbDataset, float32 on the CPU, in the dataset's order.
+
+    Dropout is off meanwhile, no random number is drawn, and the model's mode is put back, so that
+    how often one evaluates does not change what is learned.
+    """
+    was_training = classifier.model.training
+    classifier.model.eval()
+    order = list(evaluation_order(reviews.lengths))
+    # One autocast context around all batches, so that weights are rounded to bf16 once.
+    with torch.inference_mode(), autocast(classifier.device, classifier.precision):
+        logits = torch.cat([classifier(reviews.batch(indices).to(classifier.device)) for indices in order]).cpu()
+    classifier.model.train(was_training)
+    in_order = torch.empty_like(logits)
+    in_order[torch.from_numpy(np.concatenate(order))] = logits
+    return in_order
+
+
+def calc_loss_loader(reviews, classifier):
+    """Mean cross-entropy over all reviews of an IMDbDataset."""
+    return F.cross_entropy(predict(reviews, classifier), torch.from_numpy(reviews.labels)).item()
+
+
+def calc_accuracy_loader(reviews, classifier):
+    """Share of an IMDbDataset's reviews that are classified correctly."""
+    return accuracy(predict(reviews, classifier), reviews.labels)
+
+
+def accuracy(logits, labels):
+    """Share of rows whose largest logit is at the label."""
+    return (logits.argmax(dim=-1).numpy() == labels).mean().item()
+
+
+def evaluate_model(classifier, train, validation):
+    """(training loss, validation loss)"""
+    return calc_loss_loader(train, classifier), calc_loss_loader(validation, classifier)
+
+
+def train_classifier_simple(classifier, optimizer, train, validation, *, num_epochs, batch_size, max_steps=None,
+                            eval_freq=50, eval_iter=20, progress=None, after_step=lambda progress: None):
+    """Train for `num_epochs`, or exactly `max_steps` updates if that is less; return the Progress.
+
+    Every `eval_freq` updates, counted from the first, it prints the losses over the first
+    `eval_iter` batches' worth of reviews of each set, and after each epoch the accuracies.
+    Given an unfinished run's `progress`, it goes on from there. `after_step` is called between
+    two updates.
+    """
+    progress = progress or Progress()
+    train_sample, validation_sample = (reviews.first(eval_iter * batch_size) for reviews in (train, validation))
+    steps_per_epoch = len(train) // batch_size
+    last_step = min(num_epochs * steps_per_epoch, max_steps or float("inf"))
+    started = time.perf_counter() - progress.seconds
+    classifier.model.train()
+    while progress.step < last_step:
+        epoch, steps_done = divmod(progress.step, steps_per_epoch)
+        if progress.order is None:
+            progress.order = training_order(len(train), batch_size)
+        for indices in progress.order[steps_done:steps_done + last_step - progress.step]:
+            loss = calc_loss_batch(train.batch(indices), classifier)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.losses.append(loss.detach())  # reading its value here would make the GPU wait
+            if progress.step % eval_freq == 0:
+                train_loss, validation_loss = evaluate_model(classifier, train_sample, validation_sample)
+                progress.curve.append(
+                    {"step": progress.step, "train_loss": train_loss, "validation_loss": validation_loss})
+                print(f"Ep {epoch + 1} (Step {progress.step:06d}): "
+                      f"Train loss {train_loss:.3f}, Val loss {validation_loss:.3f}", flush=True)
+            progress.step += 1
+            progress.seconds = time.perf_counter() - started
+            if progress.step % steps_per_epoch and progress.step < last_step:
+                after_step(progress)
+        progress.order = None
+        train_accuracy, validation_accuracy = (
+            calc_accuracy_loader(reviews, classifier) for reviews in (train_sample, validation_sample))
+        progress.epochs.append({"step": progress.step, "train_accuracy": train_accuracy,
+                                "validation_accuracy": validation_accuracy})
+        print(f"Training accuracy: {train_accuracy:.2%} | Validation accuracy: {validation_accuracy:.2%}", flush=True)
+        synchronize(classifier.device)
+        progress.seconds = time.perf_counter() - started
+        after_step(progress)
+    return progress

@@ -1,0 +1,66 @@
+"""Facts about the machine and the software a run used, found without importing torch."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "scikit-learn", "pandas", "numpy")
+
+
+def cpu_name():
+    """The CPU's model name where the system tells, else its architecture."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags():
+    """The instruction sets of an x86 CPU on Linux, as a set of lower-case names; empty elsewhere."""
+    return set(_cpuinfo("flags").split())
+
+
+def _cpuinfo(key):
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""
+
+
+def usable_cpus():
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def process_peak_memory():
+    """The most memory this process has held at once, in bytes; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def versions():
+    """Versions of Python and of those of PACKAGES that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_commit():
+    """The commit this code stands at, with "+" appended if files differ from it; None outside a checkout."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+                           timeout=10).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if status else "")

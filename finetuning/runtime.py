@@ -1,0 +1,112 @@
+"""What a run stands on: device, precision of the arithmetic, random state, an honest clock, memory."""
+
+import platform
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from finetuning.errors import UserError
+from finetuning.machine import cpu_flags, cpu_name, process_peak_memory
+
+DEVICE_TYPES = ("cuda", "mps", "cpu")  # in the order of preference
+# The flags under which Linux lists an x86 CPU's native bf16 arithmetic.
+CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+WORTHWHILE = 1.2  # bf16 costs some accuracy of the arithmetic, so it has to be clearly faster
+
+
+def select_device(name="auto"):
+    """The torch.device called `name`, or with "auto" the first there is of CUDA, MPS and CPU.
+
+    Raises UserError if the device is not there.
+    """
+    available = [kind for kind in DEVICE_TYPES if device_count(kind)]
+    if name == "auto":
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device; choose auto, cpu, mps, cuda or cuda:1") from error
+    if (device.index or 0) >= device_count(device.type):
+        raise UserError(f"--device {name} is not on this machine; it has: {', '.join(available)}")
+    return device
+
+
+def device_count(kind):
+    """How many devices of this type PyTorch can use here."""
+    return {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count, "cpu": lambda: 1}.get(kind, lambda: 0)()
+
+
+def select_precision(name, device):
+    """Return ("fp32" or "bf16", why). "auto" takes bf16 only where the hardware has it natively and gains by it.
+
+    The precision is that of the arithmetic; weights are float32 either way. bf16 that a CPU has to
+    emulate can be hundreds of times slower, so the CPU's flags are read before anything is tried.
+    """
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return ("bf16" if major >= 8 else "fp32"), f"compute capability {major}.{minor}"
+    if device.type == "cpu":
+        native = " and ".join(sorted(CPU_BF16_FLAGS & cpu_flags()))
+        if not native:
+            return "fp32", "the CPU has no native bf16"
+        # Some CPUs have the instructions and yet are faster in fp32.
+        speedup = cpu_bf16_speedup()
+        because = f"the CPU has {native}; a trial ran {speedup:.1f} times as fast as in fp32"
+        return ("bf16" if speedup > WORTHWHILE else "fp32"), because
+    return "fp32", "bf16 only when asked for on this device"
+
+
+def cpu_bf16_speedup(repeats=7):
+    """How many times as fast a transformer-sized matrix product is in bf16 as in fp32, tried in about 50 ms."""
+    x, weight = torch.ones(512, 768), torch.ones(768, 768)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        operands = x.to(dtype), weight.to(dtype)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            F.linear(*operands)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = statistics.median(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def autocast(device, precision):
+    """The context in which forward passes run in the chosen precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def hardware(device):
+    """The name of what did the work, as a results table should state it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine() if device.type == "mps" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def synchronize(device):
+    """Wait until the device has finished, so that a clock read afterwards is honest."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory(device):
+    """The most memory held so far, in bytes: on CUDA of the GPU, else of the process; None if unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak_memory()
+
+
+def random_state(device):
+    """The state of every generator that training draws from: {device type: uint8 tensor}."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    """Put back what `random_state` returned."""
+    for device_type, tensor in state.items():
+        (torch if device_type == "cpu" else getattr(torch, device_type)).set_rng_state(tensor)

@@ -1,0 +1,141 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, TINY_CONFIGS, save_encoder
+
+import download_prepare_dataset
+import train_bert_hf
+import train_gpt
+import train_sklearn_logreg
+from finetuning import cli
+
+SCRIPTS = [download_prepare_dataset, train_gpt, train_bert_hf, train_sklearn_logreg]
+TRAINERS = SCRIPTS[1:]
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_missing_csv(script, tmp_path, failing):
+    message = failing(script.main, "--data_dir", tmp_path)
+    assert f"python download_prepare_dataset.py --data_dir {tmp_path}" in message
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_csv_without_labels(script, data_dir, failing):
+    (data_dir / "validation.csv").write_text("text,sentiment\ngood,1\n")
+    assert "validation.csv has no column label" in failing(script.main, "--data_dir", data_dir)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_label_that_is_neither_0_nor_1(script, data_dir, failing):
+    (data_dir / "test.csv").write_text("text,label\ngood,1\nbad,-1\n")
+    assert "review 2: label '-1' is neither 0 (negative) nor 1 (positive)" in failing(
+        script.main, "--data_dir", data_dir)
+
+
+def test_an_unknown_model(data_dir, failing):
+    message = failing(train_bert_hf.main, "--model", "nonsense", "--data_dir", data_dir)
+    assert "cannot load --model nonsense" in message
+    assert "it is none of distilbert, bert, roberta" in message
+
+
+def test_no_network_and_an_empty_cache(data_dir, failing, byte_tokenizer):
+    assert "cannot load --model roberta" in failing(train_bert_hf.main, "--model", "roberta", "--data_dir", data_dir)
+    assert "cannot get config.json of openai-community/gpt2 from the Hugging Face Hub" in failing(
+        train_gpt.main, "--data_dir", data_dir)
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), [
+    (train_gpt, ["--model_size", "gpt2-tiny"], "invalid choice: 'gpt2-tiny'"),
+    (train_gpt, ["--num_epochs", "0"], "must be 1 or more, not 0"),
+    (train_gpt, ["--learning_rate", "-1"], "must be a number above 0, not -1"),
+    (train_gpt, ["--learning_rate", "nan"], "must be a number above 0, not nan"),
+    (train_gpt, ["--batch_size", "two"], "invalid whole number value: 'two'"),
+    (train_gpt, ["--context_length", "long"], "invalid context length"),
+    (train_gpt, ["--context_length", "0"], "must be 1 or more"),
+    (train_gpt, ["--seed", "-1"], "must be between 0 and 4294967295"),
+    (train_gpt, ["--trainable_layers", "none"], "invalid choice: 'none'"),
+    (train_gpt, ["--trainable", "all"], "unrecognized arguments: --trainable all"),
+    (train_bert_hf, ["--use_attention_mask", "maybe"], "invalid choice: 'maybe'"),
+    (train_sklearn_logreg, ["--model", "bert"], "unrecognized arguments: --model bert"),
+    (download_prepare_dataset, ["--split", "half"], "invalid choice: 'half'"),
+])
+def test_mistyped_arguments(script, arguments, message, failing):
+    assert message in failing(script.main, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
+    (["--device", "gpu"], "--device gpu is no device"),
+    (["--batch_size", "49"], "--batch_size 49 is more than the 48 reviews"),
+    (["--context_length", "41"], "--context_length 41 is more than the 40 tokens"),
+    (["--resume"], "there is no checkpoint"),
+])
+def test_impossible_runs(arguments, message, data_dir, tmp_path, capsys, monkeypatch):
+    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    command = ["train_bert_hf.py", "--model", str(tmp_path / "model"), "--data_dir", str(data_dir),
+               "--context_length", "24", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train_bert_hf.main)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err.splitlines()[-1]
+    assert printed.out == ""
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(data_dir, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(sys, "argv", ["train_sklearn_logreg.py", "--data_dir", str(data_dir), "--output_dir",
+                                      str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train_sklearn_logreg.main)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        f"train_sklearn_logreg.py: cannot write to --output_dir {tmp_path / 'file'}: File exists"]
+    assert printed.out == ""  # said before the work, not after
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_two_screens_and_shows_defaults(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 80
+    assert "default: " in text
+
+
+def test_a_real_process_ends_in_one_line_and_status_2(tmp_path):
+    done = subprocess.run([sys.executable, "train_sklearn_logreg.py", "--data_dir", str(tmp_path)], cwd=REPOSITORY,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("train_sklearn_logreg.py: no ")
+
+
+def test_a_bug_keeps_its_traceback():
+    def broken():
+        raise KeyError("bug")
+    with pytest.raises(KeyError):
+        cli.run(broken)
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(interrupted)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_the_command_is_kept_for_the_record(monkeypatch):
+    args = train_gpt.parse_args(["--model_size", "gpt2-xl (1558M)"])
+    assert args.command.endswith(" --model_size 'gpt2-xl (1558M)'")

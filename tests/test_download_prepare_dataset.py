@@ -1,0 +1,243 @@
+import hashlib
+import io
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from local_server import LocalServer
+
+import download_prepare_dataset as dataset
+from finetuning.errors import UserError
+from finetuning.files import sha256
+
+FOLDERS = ("test/pos", "test/neg", "train/pos", "train/neg")
+
+
+def add(archive, name, content, **attributes):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in attributes.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def make_archive(path, reviews, extra=()):
+    """Write reviews {"folder/name": bytes} in a random order, among things that are not reviews."""
+    names = list(reviews)
+    random.Random(0).shuffle(names)
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        add(archive, "aclImdb/README", b"about")
+        add(archive, "aclImdb/train/unsup/0_0.txt", b"unlabelled")
+        add(archive, "aclImdb/train/pos", b"", type=tarfile.DIRTYPE)
+        add(archive, "/etc/train/pos/1_1.txt", b"absolute")
+        add(archive, "aclImdb/../test/pos/1_1.txt", b"dots")
+        add(archive, "aclImdb/test/pos/99999_9.txt", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        for name, content in extra:
+            add(archive, name, content)
+        for name in names:
+            add(archive, f"aclImdb/{name}", reviews[name])
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """50,000 tiny reviews whose text tells their place: {"test/pos/0_7.txt": b"test pos 0", ...}"""
+    return {f"{folder}/{i}_7.txt": f"{folder.replace('/', ' ')} {i}".encode()
+            for folder in FOLDERS for i in range(12_500)}
+
+
+@pytest.fixture(scope="module")
+def archive(whole, tmp_path_factory):
+    return make_archive(tmp_path_factory.mktemp("archive") / "aclImdb.tar.gz", whole)
+
+
+def read(folder):
+    return [pd.read_csv(folder / f"{split}.csv") for split in ("train", "validation", "test")]
+
+
+def test_the_published_split(archive, tmp_path, capsys):
+    dataset.main(["--archive", str(archive), "--data_dir", str(tmp_path)])
+    train, validation, test = read(tmp_path)
+    assert (len(train), len(validation), len(test)) == (35_000, 5_000, 10_000)
+    assert list(train.columns) == ["text", "label"]
+    texts = pd.concat([train, validation, test])
+    assert set(texts["text"][texts["label"] == 1].str.split().str[1]) == {"pos"}
+    assert set(texts["text"][texts["label"] == 0].str.split().str[1]) == {"neg"}
+    assert texts["text"].nunique() == 50_000
+    # The protocol spelled out: folders in this order, file names sorted as text, shuffled twice by pandas.
+    names = sorted(f"{i}_7.txt" for i in range(12_500))
+    rows = pd.Series([f"{part} {kind} {name.split('_')[0]}"
+                      for part in ("test", "train") for kind in ("pos", "neg") for name in names])
+    for _ in range(2):
+        rows = rows.sample(frac=1, random_state=123).reset_index(drop=True)
+    assert rows.tolist() == texts["text"].tolist()
+    printed = capsys.readouterr().out
+    assert "Training:   35,000 reviews, " in printed
+    assert "0 of the 10,000 test reviews have an exact copy in the training set" in printed
+
+
+def test_the_official_split_keeps_the_releases_test_folder(archive, tmp_path):
+    dataset.main(["--archive", str(archive), "--data_dir", str(tmp_path), "--split", "official"])
+    train, validation, test = read(tmp_path)
+    assert (len(train), len(validation), len(test)) == (20_000, 5_000, 25_000)
+    assert set(test["text"].str.split().str[0]) == {"test"}
+    assert set(pd.concat([train, validation])["text"].str.split().str[0]) == {"train"}
+    assert 0.48 < train["label"].mean() < 0.52
+
+
+def test_copies_in_the_training_set_are_counted():
+    train = pd.DataFrame({"text": ["a", "b", "b"], "label": [1, 0, 0]})
+    test = pd.DataFrame({"text": ["b", "b", "c", "a "], "label": [0, 0, 1, 1]})
+    lines = dataset.summary(train, test, test).splitlines()
+    assert lines[-1] == "2 of the 4 test reviews have an exact copy in the training set"
+    assert lines[0] == "Training:        3 reviews, 33.33% positive"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Three reviews a folder, and a partition to match, where the size of the dataset is not the point."""
+    monkeypatch.setattr(dataset, "REVIEWS_PER_FOLDER", 3)
+    monkeypatch.setitem(dataset.PARTITIONS, "random", lambda rows: dataset.cut(dataset.shuffled(rows), 6, 3, 3))
+    return {f"{folder}/{i}_7.txt": f"{folder} {i}".encode() for folder in FOLDERS for i in range(3)}
+
+
+def test_an_extracted_folder_gives_the_same_files(small, tmp_path):
+    make_archive(tmp_path / "a.tar.gz", small)
+    for name, content in small.items():
+        path = tmp_path / "aclImdb" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    sources = [tmp_path / "a.tar.gz", tmp_path / "aclImdb", tmp_path]
+    for i, source in enumerate(sources):
+        dataset.main(["--archive", str(source), "--data_dir", str(tmp_path / str(i))])
+    digests = [[sha256(tmp_path / str(i) / f"{split}.csv") for split in ("train", "validation", "test")]
+               for i in range(3)]
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_text_survives_the_csv(small, tmp_path):
+    text = 'A "quoted", comma\nand a line; emoji \N{PILE OF POO}, \u05e9\u05dc\u05d5\u05dd, NA'
+    small = {name: text.encode() for name in small} | {"test/pos/0_7.txt": b"one\r\ntwo\rthree"}
+    archive = make_archive(tmp_path / "a.tar.gz", small)
+    dataset.main(["--archive", str(archive), "--data_dir", str(tmp_path)])
+    texts = pd.concat(read(tmp_path))["text"]
+    assert sorted(set(texts)) == sorted([text, "one\ntwo\nthree"])
+
+
+def refused(tmp_path, failing, archive):
+    """Run on a bad archive beside old CSV files; check that they stay as they were; return the message."""
+    folder = tmp_path / "data"
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.csv").write_text("old")
+    message = failing(dataset.main, "--archive", archive, "--data_dir", folder)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {
+        "train.csv": "old", "validation.csv": "old", "test.csv": "old"}
+    return message
+
+
+def test_a_missing_review_is_named(small, tmp_path, failing):
+    del small["train/neg/1_7.txt"]
+    message = refused(tmp_path, failing, make_archive(tmp_path / "a.tar.gz", small))
+    assert "train/neg holds 2 of 3 reviews" in message
+    assert "train/pos" not in message
+
+
+@pytest.mark.parametrize("kept", [0, 10, 100, 400])
+def test_an_archive_cut_short_is_refused(small, tmp_path, failing, kept):
+    archive = make_archive(tmp_path / "a.tar.gz", small)
+    archive.write_bytes(archive.read_bytes()[:kept])
+    assert "download it again" in refused(tmp_path, failing, archive)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path, failing):
+    (tmp_path / "page.html").write_text("<html>404</html>")
+    assert "no tar archive" in refused(tmp_path, failing, tmp_path / "page.html")
+    assert "no archive or folder" in refused(tmp_path, failing, tmp_path / "absent.tar.gz")
+
+
+def test_oversized_and_undecodable_reviews_are_named(small, tmp_path, failing):
+    huge = small | {"test/pos/1_7.txt": b"x" * 1_000_001}
+    assert "test/pos/1_7.txt has 1,000,001 bytes" in refused(
+        tmp_path, failing, make_archive(tmp_path / "a.tar.gz", huge))
+    latin = small | {"test/pos/1_7.txt": "caf\u00e9".encode("latin-1")}
+    assert "test/pos/1_7.txt is not UTF-8" in refused(tmp_path, failing, make_archive(tmp_path / "b.tar.gz", latin))
+
+
+def test_a_disk_that_fills_up_leaves_the_old_files(small, tmp_path, failing, monkeypatch):
+    archive = make_archive(tmp_path / "a.tar.gz", small)
+    write = pd.DataFrame.to_csv
+
+    def full(frame, path, **options):
+        if "test.csv" in str(path):
+            Path(path).write_text("half")
+            raise OSError(28, "No space left on device", str(path))
+        write(frame, path, **options)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    assert "No space left on device" in refused(tmp_path, failing, archive)
+
+
+@pytest.fixture
+def served(small, tmp_path, monkeypatch):
+    """The content of a good archive that stands for the official one."""
+    content = make_archive(tmp_path / "served.tar.gz", small).read_bytes()
+
+    def official(url):
+        monkeypatch.setattr(dataset, "OFFICIAL", dataset.Download(url, len(content), hashlib.md5(content).hexdigest()))
+        return url
+    return content, official
+
+
+def test_the_official_archive_is_downloaded_once_and_checked(served, tmp_path):
+    content, official = served
+    files = {"/aclImdb_v1.tar.gz": content}
+    with LocalServer(files) as server:
+        url = official(f"{server.url}/aclImdb_v1.tar.gz")
+        dataset.main(["--archive", url, "--data_dir", str(tmp_path / "data")])
+        files.clear()  # a second download would now fail
+        dataset.main(["--archive", url, "--data_dir", str(tmp_path / "data")])
+    assert sorted(os.listdir(tmp_path / "data")) == ["aclImdb_v1.tar.gz", "test.csv", "train.csv", "validation.csv"]
+
+
+def test_a_half_finished_download_is_not_taken_for_a_whole_one(served, tmp_path):
+    content, official = served
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "aclImdb_v1.tar.gz").write_bytes(content[:500])
+    with LocalServer({"/aclImdb_v1.tar.gz": content}) as server:
+        dataset.main(["--archive", official(f"{server.url}/aclImdb_v1.tar.gz"), "--data_dir", str(tmp_path / "data")])
+    assert (tmp_path / "data" / "aclImdb_v1.tar.gz").read_bytes() == content
+
+
+@pytest.mark.parametrize(("change", "claim", "message"), [
+    (lambda content: None, 0, "404"),
+    (lambda content: content, 100, "cannot download"),
+    (lambda content: content[:-5], 0, "instead of"),
+    (lambda content: content[:-1] + b"x", 0, "MD5 differs"),
+])
+def test_a_bad_download_leaves_nothing(served, tmp_path, change, claim, message):
+    content, official = served
+    changed = change(content)
+    with LocalServer({"/a.tar.gz": changed} if changed else {}, claim=claim) as server:
+        url = official(f"{server.url}/a.tar.gz")
+        with pytest.raises(UserError, match=message):
+            dataset.fetch_archive(url, tmp_path / "data")
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_no_server_at_all(tmp_path, failing):
+    message = failing(dataset.main, "--archive", "http://127.0.0.1:9/a.tar.gz", "--data_dir", tmp_path)
+    assert "cannot download" in message
+
+
+@pytest.mark.skipif("IMDB_ARCHIVE" not in os.environ, reason="IMDB_ARCHIVE names no archive of the real reviews")
+def test_the_real_reviews(tmp_path, capsys):
+    dataset.main(["--archive", os.environ["IMDB_ARCHIVE"], "--data_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "121 of the 10,000 test reviews have an exact copy in the training set" in printed
+    train, validation, test = read(tmp_path)
+    # The share of negative reviews: what the published dummy classifier reaches.
+    assert [f"{(frame['label'] == 0).mean():.2%}" for frame in (train, validation, test)] == [
+        "50.01%", "50.14%", "49.91%"]

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from finetuning import runtime
+from finetuning.errors import UserError
+from finetuning.loop import Classifier
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_the_best_device_there_is(monkeypatch):
+    for devices, expected in [({"cuda", "mps", "cpu"}, "cuda"), ({"mps", "cpu"}, "mps"), ({"cpu"}, "cpu")]:
+        monkeypatch.setattr(runtime, "device_count", lambda kind, devices=devices: int(kind in devices))
+        assert runtime.select_device().type == expected
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "cuda:7"])
+def test_a_device_that_is_not_there_is_refused(monkeypatch, name):
+    monkeypatch.setattr(runtime, "device_count", lambda kind: {"cuda": 1, "cpu": 1}.get(kind, 0))
+    assert runtime.select_device("cuda:0").type == "cuda"
+    with pytest.raises(UserError, match=f"--device {name} is not on this machine; it has: cuda, cpu"):
+        runtime.select_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x"])
+def test_a_name_that_is_no_device_is_refused(name):
+    with pytest.raises(UserError, match="is no device"):
+        runtime.select_device(name)
+
+
+@pytest.mark.parametrize(("flags", "speedup", "precision"), [
+    ({"avx512_bf16"}, 1.8, "bf16"), ({"amx_bf16", "avx512_bf16"}, 5.0, "bf16"), ({"avx512_bf16"}, 0.6, "fp32"),
+    ({"avx2"}, 9.9, "fp32"), (set(), 9.9, "fp32")])
+def test_auto_precision_on_the_cpu_needs_native_bf16_that_is_faster(monkeypatch, flags, speedup, precision):
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(runtime, "cpu_bf16_speedup", lambda: speedup)
+    chosen, why = runtime.select_precision("auto", CPU)
+    assert chosen == precision
+    assert why
+
+
+def test_bf16_is_not_even_tried_without_the_cpus_flags(monkeypatch):
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(runtime, "cpu_bf16_speedup", lambda: pytest.fail("tried"))
+    assert runtime.select_precision("auto", CPU)[0] == "fp32"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_precision_on_cuda(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert runtime.select_precision("auto", torch.device("cuda"))[0] == precision
+
+
+def test_mps_stays_in_fp32_unless_asked():
+    assert runtime.select_precision("auto", torch.device("mps"))[0] == "fp32"
+    assert runtime.select_precision("bf16", torch.device("mps"))[0] == "bf16"
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_of_the_arithmetic_not_of_weights_or_logits(precision, inside):
+    seen = []
+    model = nn.Linear(4, 2)
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    classifier = Classifier(model, lambda model, batch: model(batch), CPU, precision)
+    assert classifier(torch.ones(1, 4)).dtype == torch.float32
+    assert seen == [inside]
+    assert model.weight.dtype == torch.float32
+
+
+def test_random_state_is_put_back():
+    state = runtime.random_state(CPU)
+    drawn = torch.rand(3)
+    runtime.set_random_state(state)
+    assert torch.equal(torch.rand(3), drawn)

@@ -1,0 +1,149 @@
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import TINY_CONFIGS, save_encoder, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from test_train_gpt import FINAL_LINES
+from transformers import AutoModelForSequenceClassification
+
+import train_bert_hf
+from finetuning import records
+from finetuning.batches import IMDbDataset
+from finetuning.errors import UserError
+
+QUICK = ["--context_length", "24", "--precision", "fp32"]
+
+
+@pytest.mark.parametrize("name", train_bert_hf.MODELS)
+def test_each_model_of_the_table_by_its_hub_id(name, data_dir, tmp_path, hub_snapshot, capsys):
+    save_encoder(hub_snapshot(train_bert_hf.MODELS[name].hub_id), TINY_CONFIGS[name])
+    command = ["--model", name, "--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"), *QUICK]
+    printed = []
+    for _ in range(2):
+        train_bert_hf.main(command)
+        printed.append([line for line in capsys.readouterr().out.splitlines() if "minutes" not in line])
+    assert printed[0] == printed[1]
+    for line, pattern in zip(printed[0][-6:], FINAL_LINES[1:], strict=True):
+        assert re.fullmatch(pattern, line), line
+    record = records.read_record(tmp_path / "run")
+    assert record["name"] == f"{name}-all-seed123"
+    assert len(record["losses"]) == 6
+    assert len(set(record["losses"])) == 6
+
+
+@pytest.mark.parametrize("mode", ["all", "last_block", "last_layer"])
+def test_a_local_folder_of_a_model_that_is_not_in_the_table(mode, data_dir, tmp_path):
+    config = transformers.ElectraConfig(vocab_size=21, hidden_size=16, embedding_size=16, num_hidden_layers=2,
+                                        num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)
+    save_encoder(tmp_path / "electra", config)
+    train_bert_hf.main(["--model", str(tmp_path / "electra"), "--trainable_layers", mode, "--data_dir", str(data_dir),
+                        "--output_dir", str(tmp_path / "run"), "--max_steps", "2", *QUICK])
+    record = records.read_record(tmp_path / "run")
+    assert record["name"] == f"electra-{mode}-seed123"
+    assert (record["parameters"]["trainable"] == record["parameters"]["all"]) == (mode == "all")
+
+
+def test_weights_stored_in_half_precision_are_loaded_as_float32(tmp_path):
+    save_encoder(tmp_path, TINY_CONFIGS["deberta-v3-base"], dtype=torch.float16)
+    assert load_file(tmp_path / "model.safetensors")["deberta.embeddings.word_embeddings.weight"].dtype == torch.float16
+    model, _ = train_bert_hf.load_model(str(tmp_path), seed=123)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_seed_decides_the_new_layers_and_the_checkpoint_the_others(tmp_path, capsys):
+    save_encoder(tmp_path, TINY_CONFIGS["distilbert"])
+    first, second, other = (train_bert_hf.load_model(str(tmp_path), seed)[0].state_dict() for seed in (123, 123, 7))
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+        assert torch.equal(tensor, other[name]) == (not name.endswith("classifier.weight"))
+        if name in stored:
+            assert torch.equal(tensor, stored[name])
+    assert "New layers: classifier, pre_classifier" in capsys.readouterr().err
+
+
+def test_a_head_of_another_size_is_replaced(tmp_path):
+    config = transformers.BertConfig(**TINY_CONFIGS["bert"].to_dict() | {"num_labels": 3})
+    save_encoder(tmp_path, config, kind=transformers.AutoModelForSequenceClassification)
+    model, _ = train_bert_hf.load_model(str(tmp_path), seed=123)
+    assert model.classifier.weight.shape == (2, 16)
+
+
+@pytest.mark.parametrize("change", ["missing", "misshapen"])
+def test_a_checkpoint_without_some_pretrained_weights_is_refused(tmp_path, change):
+    save_encoder(tmp_path, TINY_CONFIGS["bert"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    tensor = tensors.pop(name)
+    if change == "misshapen":
+        tensors[name] = tensor[:8].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=name):
+        train_bert_hf.load_model(str(tmp_path), seed=123)
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, data_dir, failing):
+    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    message = failing(train_bert_hf.main, "--model", tmp_path / "model", "--data_dir", data_dir)
+    assert f"cannot load --model {tmp_path / 'model'}" in message
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_padding_under_the_mask_changes_nothing(name):
+    config = TINY_CONFIGS[name]
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = train_bert_hf.encoder_of(tiny_tokenizer(config.pad_token_id))(
+        ["a film", "the plot was very good and fine", "a dull cast"], 24)
+
+    def logits(**padding):
+        batch = IMDbDataset(ids, [0, 1, 0], config.pad_token_id, **padding).batch([0, 1, 2])
+        with torch.no_grad():
+            return train_bert_hf.read_logits(model, batch)
+    longest = logits(use_attention_mask=True)
+    torch.testing.assert_close(longest, logits(use_attention_mask=True, pad_to=24))
+    assert (longest - logits(pad_to=24))[0].abs().max() > 1e-6  # without the mask, padding is attended to
+    alone = IMDbDataset(ids, [0, 1, 0], config.pad_token_id, use_attention_mask=True).batch([0])
+    with torch.no_grad():
+        torch.testing.assert_close(train_bert_hf.read_logits(model, alone), longest[:1])
+
+
+def test_without_the_mask_reviews_are_padded_to_the_full_length(data_dir, tmp_path, monkeypatch):
+    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
+    seen = []
+    monkeypatch.setattr(train_bert_hf, "run_experiment", lambda *arguments: seen.append(arguments[-1]))
+    for mask in ("true", "false"):
+        train_bert_hf.main(["--model", str(tmp_path / "model"), "--data_dir", str(data_dir),
+                            "--use_attention_mask", mask, *QUICK])
+    assert [(dataset.pad_to, dataset.use_attention_mask) for dataset in seen] == [(None, True), (24, False)]
+
+
+@pytest.mark.parametrize(("name", "limit"), [("bert", 40), ("distilbert", 40), ("roberta", 38),
+                                             ("deberta-v3-base", 40), ("modernbert-base", 40)])
+def test_the_longest_input(name, limit):
+    """RoBERTa's first position comes after its padding index, 1, so that two of 40 are lost."""
+    config = TINY_CONFIGS[name]
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    tokenizer = tiny_tokenizer(config.pad_token_id)
+    assert train_bert_hf.longest_input(model, tokenizer) == limit
+    model(input_ids=torch.full((1, limit), 7))
+    tokenizer.model_max_length = 30
+    assert train_bert_hf.longest_input(model, tokenizer) == 30
+
+
+def test_cutting_a_review_keeps_its_special_tokens():
+    encode = train_bert_hf.encoder_of(tiny_tokenizer())
+    assert encode(["the a film plot"], None) == [[2, 5, 6, 7, 8, 3]]
+    assert encode(["the a film plot"], 4) == [[2, 5, 6, 3]]
+
+
+def test_published_defaults():
+    args = train_bert_hf.parse_args([])
+    assert (args.model, args.trainable_layers, args.use_attention_mask) == ("distilbert", "all", "true")
+    assert (args.context_length, args.num_epochs, args.learning_rate, args.batch_size, args.seed) == (
+        256, 1, 5e-6, 8, 123)
+    assert (args.eval_freq, args.eval_iter, args.optimizer) == (50, 20, "adamw")

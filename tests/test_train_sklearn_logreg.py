@@ -1,0 +1,43 @@
+import re
+import subprocess
+import sys
+
+import pandas as pd
+from conftest import REPOSITORY
+
+import train_sklearn_logreg
+from finetuning import records
+
+
+def test_the_published_format_and_the_record(data_dir, tmp_path, capsys):
+    train_sklearn_logreg.main(["--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run")])
+    lines = capsys.readouterr().out.splitlines()
+    accuracies = [r"Training Accuracy: \d+\.\d\d%", r"Validation Accuracy: \d+\.\d\d%", r"Test Accuracy: \d+\.\d\d%"]
+    for line, pattern in zip(lines, ["Dummy classifier:", *accuracies, "", "Logistic regression classifier:",
+                                     *accuracies], strict=True):
+        assert re.fullmatch(pattern, line), line
+    # The dummy says what most training reviews are.
+    train, test = (pd.read_csv(data_dir / f"{split}.csv")["label"] for split in ("train", "test"))
+    assert lines[3] == f"Test Accuracy: {(test == train.mode()[0]).mean():.2%}"
+    record = records.read_record(tmp_path / "run")
+    assert record["name"] == "logreg-counts-seed123"
+    assert f"Test Accuracy: {record['accuracy']['test']:.2%}" == lines[-1]
+    predictions = pd.read_csv(tmp_path / "run" / records.PREDICTIONS)
+    assert ((predictions["probability"] > 0.5) == predictions["label"]).mean() == record["accuracy"]["test"]
+
+
+def test_words_of_the_test_set_are_not_learned_from(data_dir, tmp_path):
+    """The vocabulary comes from the training set alone."""
+    def parameters(folder):
+        train_sklearn_logreg.main(["--data_dir", str(data_dir), "--output_dir", str(tmp_path / folder)])
+        return records.read_record(tmp_path / folder)["parameters"]["all"]
+    before = parameters("before")
+    for split in ("validation", "test"):
+        with (data_dir / f"{split}.csv").open("a") as file:
+            file.write("unheard of words,1\n")
+    assert parameters("after") == before
+
+
+def test_torch_is_not_imported():
+    code = "import sys, train_sklearn_logreg; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

@@ -1,0 +1,161 @@
+"""Fine-tune BERT or one of its successors on the movie reviews.
+
+    python train_bert_hf.py --trainable_layers all --num_epochs 1 --model bert
+
+gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding masked.
+"""
+
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from finetuning.batches import IMDbDataset, tokenize
+from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, note, run
+from finetuning.errors import UserError
+from finetuning.experiment import run_experiment
+from finetuning.layers import OutputLayers, find_output_layers, set_trainable
+from finetuning.reviews import load_dataframes
+
+NUM_CLASSES = 2
+NO_LIMIT = 2**30  # tokens; what tokenizers write for "no limit", 1e30, is more than they accept themselves
+
+
+class Encoder(NamedTuple):
+    """A published model and the names of its last layers."""
+
+    hub_id: str
+    head: str  # the output layer
+    between: tuple[str, ...]  # what stands between the last block and the output layer
+    blocks: str  # the list of transformer blocks
+
+
+MODELS = {
+    "distilbert": Encoder("distilbert/distilbert-base-uncased",
+                          "classifier", ("pre_classifier",), "distilbert.transformer.layer"),
+    "bert": Encoder("google-bert/bert-base-uncased",
+                    "classifier", ("bert.pooler",), "bert.encoder.layer"),
+    "roberta": Encoder("FacebookAI/roberta-large",
+                       "classifier.out_proj", ("classifier.dense",), "roberta.encoder.layer"),
+    "deberta-v3-base": Encoder("microsoft/deberta-v3-base",
+                               "classifier", ("pooler",), "deberta.encoder.layer"),
+    "modernbert-base": Encoder("answerdotai/ModernBERT-base",
+                               "classifier", ("model.final_norm", "head"), "model.layers"),
+    "modernbert-large": Encoder("answerdotai/ModernBERT-large",
+                                "classifier", ("model.final_norm", "head"), "model.layers"),
+}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    frames = load_dataframes(args.data_dir)
+    model, tokenizer = load_model(args.model, args.seed)
+    layers = output_layers(args.model, model)
+    set_trainable(model, args.trainable_layers, layers)
+
+    encode = encoder_of(tokenizer)
+    token_ids, length = tokenize(frames, encode, args.context_length, limit=longest_input(model, tokenizer))
+    masked = args.use_attention_mask == "true"
+    # Under a mask, padding to the batch's longest review is the same computation as padding to the full length.
+    datasets = [IMDbDataset(ids, frame["label"], tokenizer.pad_token_id, None if masked else length, masked)
+                for ids, frame in zip(token_ids, frames, strict=True)]
+    run_experiment(args, run_name(args), model, layers.head, read_logits, *datasets)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description="Fine-tune a BERT-like encoder on the IMDb movie reviews.")
+    model = add_model_arguments(parser, trainable_layers="all")
+    model.add_argument("--model", default="distilbert",
+                       help=f"{', '.join(MODELS)}, or any Hub id or folder of a model that can classify sequences")
+    model.add_argument("--use_attention_mask", choices=["true", "false"], default="true",
+                       help="false: attend to the padding, too")
+    add_training_arguments(parser, learning_rate=5e-6)
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def run_name(args):
+    """The default folder's name: model, layers, what differs from the published settings, seed."""
+    model = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model.replace("/", "-")
+    variants = [variant for variant, unusual in [("unmasked", args.use_attention_mask == "false"),
+                                                 (args.optimizer, args.optimizer != "adamw")] if unusual]
+    return "-".join([model, args.trainable_layers, *variants, f"seed{args.seed}"])
+
+
+def load_model(name, seed):
+    """Load `(model, tokenizer)` by a name in MODELS, a Hub id or a folder, the model with a new output layer.
+
+    Raises UserError if there is no such model, the Hub cannot be reached, files are damaged, or
+    weights are missing that only pretraining can give.
+    """
+    source = MODELS[name].hub_id if name in MODELS else name
+    transformers.logging.set_verbosity_error()  # what matters of its warnings, our own lines say
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        torch.manual_seed(seed)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=NUM_CLASSES, ignore_mismatched_sizes=True, output_loading_info=True,
+            dtype=torch.float32)  # whatever precision the file is stored in
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError,
+            HfHubHTTPError) as error:
+        known = "" if name in MODELS else f"; it is none of {', '.join(MODELS)}"
+        raise UserError(f"cannot load --model {name}{known}: {error}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    check_new_layers(name, model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    return model, tokenizer
+
+
+def check_new_layers(name, model, new):
+    """Say which parameters the checkpoint did not give; refuse if transformer blocks or embeddings are among them."""
+    pretrained = tuple(f"{path}." for path, module in model.named_modules()
+                       if isinstance(module, (nn.ModuleList, nn.Embedding)))
+    lacking = sorted(key for key in new if key.startswith(pretrained))
+    if lacking:
+        raise UserError(f"the checkpoint of --model {name} is incomplete or does not fit its configuration: "
+                        f"{len(lacking)} parameters, such as {lacking[0]}, are missing or of another shape")
+    note(f"New layers: {', '.join(sorted({key.rpartition('.')[0] for key in new})) or 'none'}")
+
+
+def output_layers(name, model):
+    """The model's OutputLayers: from MODELS, or found where the model is not in it."""
+    if name not in MODELS:
+        return find_output_layers(model, model.config.num_hidden_layers, NUM_CLASSES, **model.dummy_inputs)
+    encoder = MODELS[name]
+    return OutputLayers(model.get_submodule(encoder.head), [model.get_submodule(path) for path in encoder.between],
+                        model.get_submodule(encoder.blocks)[-1])
+
+
+def longest_input(model, tokenizer):
+    """The most tokens the model can read."""
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 0]
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from behind its padding index.
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    return min(limit for limit in [*limits, NO_LIMIT] if limit > 0)
+
+
+def encoder_of(tokenizer):
+    """The tokenizer as `encode(texts, max_length)`; cutting a review keeps the special tokens at its ends."""
+    def encode(texts, max_length):
+        return tokenizer(texts, truncation=max_length is not None, max_length=max_length,
+                         return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    return encode
+
+
+def read_logits(model, batch):
+    """The model's class logits: (batch, classes)"""
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,140 @@
+"""Fine-tune GPT-2 on the movie reviews.
+
+    python train_gpt.py --trainable_layers all --num_epochs 1
+
+gives the published GPT-2 row: AdamW, learning rate 5e-5, 256 tokens, the class read at the last one.
+"""
+
+import tiktoken
+import torch
+from requests import RequestException
+from torch import nn
+
+from finetuning.batches import IMDbDataset, tokenize
+from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, run
+from finetuning.errors import UserError
+from finetuning.experiment import run_experiment
+from finetuning.layers import OutputLayers, set_trainable
+from finetuning.reviews import load_dataframes
+from gpt_download import download_and_load_gpt2
+from previous_chapters import GPTModel, load_weights_into_gpt
+
+BASE_CONFIG = {"vocab_size": 50257, "context_length": 1024, "drop_rate": 0.0, "qkv_bias": True}
+MODEL_CONFIGS = {
+    "gpt2-small (124M)": {"emb_dim": 768, "n_layers": 12, "n_heads": 12},
+    "gpt2-medium (355M)": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
+    "gpt2-large (774M)": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
+    "gpt2-xl (1558M)": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
+}
+PAD_TOKEN_ID = 50256  # <|endoftext|>
+NUM_CLASSES = 2
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    frames = load_dataframes(args.data_dir)
+    encode = load_tokenizer()
+    model = instantiate_model(args.model_size, args.weights, args.seed, args.models_dir)
+    layers = replace_head(model, args.seed)
+    set_trainable(model, args.trainable_layers, layers)
+
+    token_ids, length = tokenize(frames, encode, args.context_length, limit=model.pos_emb.num_embeddings)
+    # Causal attention never looks ahead, so padding only matters where the class is read from it.
+    reads_padding = args.trainable_token_pos == "last" or (args.average_embeddings
+                                                           and args.trainable_token_pos != "flexible")
+    datasets = [IMDbDataset(ids, frame["label"], PAD_TOKEN_ID, pad_to=length if reads_padding else None)
+                for ids, frame in zip(token_ids, frames, strict=True)]
+    reader = AVERAGES if args.average_embeddings else TOKEN_POSITIONS
+    run_experiment(args, run_name(args), model, layers.head, reader[args.trainable_token_pos], *datasets)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description="Fine-tune GPT-2 on the IMDb movie reviews.")
+    model = add_model_arguments(parser, trainable_layers="last_block")
+    model.add_argument("--model_size", choices=list(MODEL_CONFIGS), default="gpt2-small (124M)", help="which GPT-2")
+    model.add_argument("--weights", choices=["pretrained", "random"], default="pretrained", help="where to start from")
+    model.add_argument("--models_dir", help="folder for the downloaded weights (default: the Hugging Face cache)")
+    model.add_argument("--trainable_token_pos", choices=list(TOKEN_POSITIONS), default="last",
+                       help="token the class is read at; last: of the padded row, flexible: of the review itself")
+    model.add_argument("--average_embeddings", action="store_true",
+                       help="average over all tokens instead; with flexible, over those of the review itself")
+    add_training_arguments(parser, learning_rate=5e-5)
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def run_name(args):
+    """The default folder's name: model, layers, what differs from the published settings, seed."""
+    model = args.model_size.replace(" (", "-").rstrip(")")
+    token = "average" if args.average_embeddings else args.trainable_token_pos
+    variants = [variant for variant, usual in [(args.weights, "pretrained"), (token, "last"), (args.optimizer, "adamw")]
+                if variant != usual]
+    return "-".join([model, args.trainable_layers, *variants, f"seed{args.seed}"])
+
+
+def load_tokenizer():
+    """GPT-2's byte-pair encoding as `encode(texts, max_length)`; raises UserError if it cannot be downloaded."""
+    try:
+        tokenizer = tiktoken.get_encoding("gpt2")
+    except (RequestException, OSError, ValueError) as error:
+        raise UserError(f"cannot get GPT-2's tokenizer ({type(error).__name__}); it is downloaded once, "
+                        "or found in the folder that TIKTOKEN_CACHE_DIR names") from error
+    # A review that spells out "<|endoftext|>" is text like any other.
+    return lambda texts, max_length: [ids[:max_length] for ids in tokenizer.encode_ordinary_batch(texts)]
+
+
+def instantiate_model(model_size, weights="pretrained", seed=123, models_dir=None):
+    """A GPTModel of one of MODEL_CONFIGS with published or random weights."""
+    config = BASE_CONFIG | MODEL_CONFIGS[model_size]
+    if weights == "random":
+        torch.manual_seed(seed)
+        return GPTModel(config)
+    settings, params = download_and_load_gpt2(model_size.split("(")[1].rstrip(")"), models_dir)
+    model = GPTModel(config)
+    try:
+        load_weights_into_gpt(model, params)
+    except ValueError as error:
+        raise UserError(f"the checkpoint does not fit {model_size}: {error}") from error
+    return model
+
+
+def replace_head(model, seed):
+    """Give the model a new output layer, hidden size -> classes; return its OutputLayers."""
+    torch.manual_seed(seed)
+    model.out_head = nn.Linear(model.out_head.in_features, NUM_CLASSES)
+    return OutputLayers(model.out_head, between=[model.final_norm], last_block=model.trf_blocks[-1])
+
+
+def read_first(model, batch):
+    """Logits at each review's first token, which sees no other: (batch, classes)."""
+    return model(batch.input_ids, torch.zeros_like(batch.lengths))
+
+
+def read_last(model, batch):
+    """Logits at the last token of each padded row, as published: (batch, classes)."""
+    return model(batch.input_ids, torch.full_like(batch.lengths, batch.input_ids.shape[1] - 1))
+
+
+def read_last_real(model, batch):
+    """Logits at the last token of each review: (batch, classes)."""
+    return model(batch.input_ids, batch.lengths - 1)
+
+
+def average_all(model, batch):
+    """Logits averaged over each padded row, as published: (batch, classes)."""
+    return model(batch.input_ids).mean(dim=1)
+
+
+def average_real(model, batch):
+    """Logits averaged over the tokens of each review: (batch, classes)."""
+    logits = model(batch.input_ids)
+    real = torch.arange(logits.shape[1], device=logits.device) < batch.lengths[:, None]
+    return (logits * real[..., None]).sum(dim=1) / batch.lengths[:, None]
+
+
+TOKEN_POSITIONS = {"last": read_last, "first": read_first, "flexible": read_last_real}
+AVERAGES = {"last": average_all, "first": average_all, "flexible": average_real}
+
+
+if __name__ == "__main__":
+    run(main)
