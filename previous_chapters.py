@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def pick(x, positions):
+    """x (batch, tokens, width) at one position (batch,) per row: (batch, 1, width); all of x where that is None."""
+    return x if positions is None else x[torch.arange(len(x), device=x.device), positions][:, None]
+
+
 class MultiHeadAttention(nn.Module):
     """Causal self-attention (Vaswani et al., 2017) over `num_heads` heads of size d_out / num_heads."""
 
@@ -28,19 +33,24 @@ class MultiHeadAttention(nn.Module):
         self.register_load_state_dict_pre_hook(
             lambda module, state_dict, prefix, *_: state_dict.pop(prefix + "mask", None))
 
-    def forward(self, x):
-        """(batch, tokens, d_in) -> (batch, tokens, d_out)"""
-        context = self.attend(*(self.split_heads(proj(x)) for proj in (self.W_query, self.W_key, self.W_value)))
+    def forward(self, x, positions=None):
+        """(batch, tokens, d_in) -> (batch, tokens, d_out), or (batch, 1, d_out) at one position (batch,) per row"""
+        queries = self.split_heads(self.W_query(pick(x, positions)))
+        keys, values = self.split_heads(self.W_key(x)), self.split_heads(self.W_value(x))
+        context = self.attend(queries, keys, values, positions)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
         """(batch, tokens, d_out) -> (batch, num_heads, tokens, head_dim)"""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def attend(self, queries, keys, values):
+    def attend(self, queries, keys, values, positions=None):
         """Each (batch, num_heads, tokens, head_dim); a token attends to itself and to those before it."""
         dropout = self.dropout.p if self.training else 0.0
-        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True)
+        if positions is None:
+            return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True)
+        seen = torch.arange(keys.shape[2], device=keys.device) <= positions[:, None]
+        return F.scaled_dot_product_attention(queries, keys, values, seen[:, None, None], dropout_p=dropout)
 
 
 class LayerNorm(nn.Module):
@@ -96,9 +106,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(cfg["emb_dim"])
         self.drop_resid = nn.Dropout(cfg["drop_rate"])
 
-    def forward(self, x):
-        """(batch, tokens, emb_dim) -> (batch, tokens, emb_dim)"""
-        x = x + self.drop_resid(self.att(self.norm1(x)))
+    def forward(self, x, positions=None):
+        """(batch, tokens, emb_dim) -> the same, or (batch, 1, emb_dim) at one position (batch,) per row"""
+        x = pick(x, positions) + self.drop_resid(self.att(self.norm1(x), positions))
         return x + self.drop_resid(self.ff(self.norm2(x)))
 
 
@@ -120,18 +130,14 @@ class GPTModel(nn.Module):
     def forward(self, in_idx, positions=None):
         """Token ids (batch, tokens) -> logits (batch, tokens, classes).
 
-        With `positions` (batch,), one index per row, the head runs only there: (batch, classes).
+        With `positions` (batch,), one index per row, only the logits there: (batch, classes). The
+        last block then does the work of one token, though every token is still attended to.
         """
-        x = self.embed(in_idx)
-        x = self.trf_blocks(x)
-        if positions is not None:
-            x = x[torch.arange(len(x), device=x.device), positions]
-        return self.out_head(self.final_norm(x))
-
-    def embed(self, in_idx):
-        """Token ids (batch, tokens) -> token plus position embeddings (batch, tokens, emb_dim)."""
-        positions = torch.arange(in_idx.shape[1], device=in_idx.device)
-        return self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))
+        x = self.tok_emb(in_idx) + self.pos_emb(torch.arange(in_idx.shape[1], device=in_idx.device))
+        x = self.trf_blocks[:-1](self.drop_emb(x))
+        x = self.trf_blocks[-1](x, positions)
+        logits = self.out_head(self.final_norm(x))
+        return logits if positions is None else logits[:, 0]
 
 
 def load_weights_into_gpt(gpt, params):

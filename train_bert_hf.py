@@ -5,6 +5,7 @@
 gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding masked.
 """
 
+import hashlib
 import logging
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,12 +18,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from finetuning.batches import IMDbDataset, tokenize
+from finetuning.batches import IMDbDataset
 from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, note, run
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.layers import OutputLayers, find_output_layers, set_trainable
-from finetuning.reviews import load_dataframes
+from finetuning.reviews import check_dataset
+from finetuning.tokens import Tokenizer, load_tokens
 
 NUM_CLASSES = 2
 NO_LIMIT = 2**30  # tokens; what tokenizers write for "no limit", 1e30, is more than they accept themselves
@@ -55,17 +57,16 @@ MODELS = {
 
 def main(argv=None):
     args = parse_args(argv)
-    frames = load_dataframes(args.data_dir)
+    check_dataset(args.data_dir)
     model, tokenizer = load_model(args.model, args.seed)
     layers = output_layers(args.model, model)
     set_trainable(model, args.trainable_layers, layers)
 
-    encode = encoder_of(tokenizer)
-    token_ids, length = tokenize(frames, encode, args.context_length, limit=longest_input(model, tokenizer))
+    sets, length = load_tokens(args.data_dir, wrap(tokenizer), args.context_length, longest_input(model, tokenizer))
     masked = args.use_attention_mask == "true"
     # Under a mask, padding to the batch's longest review is the same computation as padding to the full length.
-    datasets = [IMDbDataset(ids, frame["label"], tokenizer.pad_token_id, None if masked else length, masked)
-                for ids, frame in zip(token_ids, frames, strict=True)]
+    datasets = [IMDbDataset(tokens, tokenizer.pad_token_id, pad_to=None if masked else length,
+                            use_attention_mask=masked) for tokens in sets]
     run_experiment(args, run_name(args), model, layers.head, read_logits, *datasets)
 
 
@@ -144,12 +145,14 @@ def longest_input(model, tokenizer):
     return min(limit for limit in [*limits, NO_LIMIT] if limit > 0)
 
 
-def encoder_of(tokenizer):
-    """The tokenizer as `encode(texts, max_length)`; cutting a review keeps the special tokens at its ends."""
+def wrap(tokenizer):
+    """A Hugging Face tokenizer as a Tokenizer; cutting a review keeps the special tokens at its ends."""
     def encode(texts, max_length):
         return tokenizer(texts, truncation=max_length is not None, max_length=max_length,
                          return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-    return encode
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    definition = backend.to_str() if backend else f"{tokenizer.get_vocab()} {tokenizer.init_kwargs}"
+    return Tokenizer(encode, hashlib.sha256(definition.encode()).hexdigest(), tokenizer.pad_token_id)
 
 
 def read_logits(model, batch):

@@ -10,12 +10,13 @@ import torch
 from requests import RequestException
 from torch import nn
 
-from finetuning.batches import IMDbDataset, tokenize
+from finetuning.batches import IMDbDataset
 from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, run
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.layers import OutputLayers, set_trainable
-from finetuning.reviews import load_dataframes
+from finetuning.reviews import check_dataset
+from finetuning.tokens import Tokenizer, load_tokens
 from gpt_download import download_and_load_gpt2
 from previous_chapters import GPTModel, load_weights_into_gpt
 
@@ -32,18 +33,17 @@ NUM_CLASSES = 2
 
 def main(argv=None):
     args = parse_args(argv)
-    frames = load_dataframes(args.data_dir)
-    encode = load_tokenizer()
+    check_dataset(args.data_dir)
+    tokenizer = load_tokenizer()
     model = instantiate_model(args.model_size, args.weights, args.seed, args.models_dir)
     layers = replace_head(model, args.seed)
     set_trainable(model, args.trainable_layers, layers)
 
-    token_ids, length = tokenize(frames, encode, args.context_length, limit=model.pos_emb.num_embeddings)
+    sets, length = load_tokens(args.data_dir, tokenizer, args.context_length, limit=model.pos_emb.num_embeddings)
     # Causal attention never looks ahead, so padding only matters where the class is read from it.
     reads_padding = args.trainable_token_pos == "last" or (args.average_embeddings
                                                            and args.trainable_token_pos != "flexible")
-    datasets = [IMDbDataset(ids, frame["label"], PAD_TOKEN_ID, pad_to=length if reads_padding else None)
-                for ids, frame in zip(token_ids, frames, strict=True)]
+    datasets = [IMDbDataset(tokens, PAD_TOKEN_ID, pad_to=length if reads_padding else None) for tokens in sets]
     reader = AVERAGES if args.average_embeddings else TOKEN_POSITIONS
     run_experiment(args, run_name(args), model, layers.head, reader[args.trainable_token_pos], *datasets)
 
@@ -73,14 +73,16 @@ def run_name(args):
 
 
 def load_tokenizer():
-    """GPT-2's byte-pair encoding as `encode(texts, max_length)`; raises UserError if it cannot be downloaded."""
+    """GPT-2's byte-pair encoding; raises UserError if it cannot be downloaded."""
     try:
-        tokenizer = tiktoken.get_encoding("gpt2")
+        encoding = tiktoken.get_encoding("gpt2")
     except (RequestException, OSError, ValueError) as error:
         raise UserError(f"cannot get GPT-2's tokenizer ({type(error).__name__}); it is downloaded once, "
                         "or found in the folder that TIKTOKEN_CACHE_DIR names") from error
-    # A review that spells out "<|endoftext|>" is text like any other.
-    return lambda texts, max_length: [ids[:max_length] for ids in tokenizer.encode_ordinary_batch(texts)]
+    def encode(texts, max_length):
+        # A review that spells out "<|endoftext|>" is text like any other.
+        return [ids[:max_length] for ids in encoding.encode_ordinary_batch(texts)]
+    return Tokenizer(encode, f"tiktoken {encoding.name} {encoding.n_vocab}", PAD_TOKEN_ID)
 
 
 def instantiate_model(model_size, weights="pretrained", seed=123, models_dir=None):

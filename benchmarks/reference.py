@@ -33,7 +33,7 @@ class ReferenceDataset(Dataset):
 
 def materialize_attention(gpt):
     """Let a GPTModel compute its attention scores as a matrix, mask them, and take the softmax."""
-    def attend(queries, keys, values):
+    def attend(queries, keys, values, positions=None):
         scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ values

@@ -1,4 +1,4 @@
-"""From review texts to token ids, and from token ids to padded batches."""
+"""From token ids to padded batches, and the order in which they come."""
 
 from copy import copy
 from typing import NamedTuple
@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-
-from finetuning.errors import UserError
 
 # Evaluation gains from large batches until the device is busy; 64 reviews of 256 tokens are plenty.
 EVALUATION_TOKENS = 64 * 256
@@ -33,17 +31,14 @@ class Batch(NamedTuple):
 class IMDbDataset(Dataset):
     """Tokenized reviews with their labels, and how a batch of them is padded.
 
-    `token_ids` holds one sequence of ids per review. A batch is padded with `pad_token_id` to
+    `tokens` are the reviews as `finetuning.tokens.Tokens`. A batch is padded with `pad_token_id` to
     `pad_to` tokens, or to its longest review where that is None. `use_attention_mask` says
     whether the padding is masked; where a batch has none, it carries no mask.
     """
 
-    def __init__(self, token_ids, labels, pad_token_id, pad_to=None, use_attention_mask=False):
-        self.lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    def __init__(self, tokens, pad_token_id, pad_to=None, use_attention_mask=False):
+        self.token_ids, self.lengths, self.labels = tokens
         self.starts = np.cumsum(self.lengths) - self.lengths
-        # One flat array: 50,000 Python lists of Python integers would take ten times the memory.
-        self.token_ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in token_ids])
-        self.labels = np.array(labels, dtype=np.int64)
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to
         self.use_attention_mask = use_attention_mask
@@ -99,20 +94,3 @@ def evaluation_order(lengths, tokens=EVALUATION_TOKENS):
         count = max(1, tokens // max(1, int(lengths[by_length[start]])))
         yield by_length[start:start + count]
         start += count
-
-
-def tokenize(frames, encode, context_length, limit):
-    """Token ids of the reviews in each data frame, cut to a common number of tokens.
-
-    `encode(texts, max_length)` returns the ids of each text, at most `max_length` (None: all).
-    `context_length` is that number or one of `finetuning.cli.CONTEXT_LENGTHS`; `limit` is the
-    most the model can read. Returns (a list of id lists for each frame, the number of tokens).
-    Raises UserError where the number exceeds the limit.
-    """
-    if context_length == "longest_training_example":
-        context_length = min(limit, max(map(len, encode(frames[0]["text"].tolist(), None))))
-    elif context_length == "model_context_length":
-        context_length = limit
-    if context_length > limit:
-        raise UserError(f"--context_length {context_length} is more than the {limit} tokens this model can read")
-    return [encode(frame["text"].tolist(), context_length) for frame in frames], context_length

@@ -9,8 +9,9 @@ from finetuning import records
 from finetuning.checkpoint import CheckpointWriter, load_checkpoint
 from finetuning.cli import note
 from finetuning.errors import UserError
+from finetuning.features import freeze_features, is_fixed
 from finetuning.layers import count_parameters
-from finetuning.loop import Classifier, accuracy, predict, train_classifier_simple
+from finetuning.loop import Classifier, Progress, accuracy, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
 from finetuning.runtime import hardware, peak_memory, select_device, select_precision, synchronize
 
@@ -35,9 +36,14 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
     folder = records.run_folder(args, name)
 
     with memory_advice():
+        started = time.perf_counter()
+        if args.trainable_layers == "last_layer" and is_fixed(classifier, train):
+            note("Nothing before the output layer learns or varies: computing what it reads, once")
+            classifier, (train, validation, test) = freeze_features(classifier, head, train, validation, test)
         torch.manual_seed(args.seed)
-        optimizer = build_optimizer(args.optimizer, model, head, args.learning_rate)
-        progress = load_checkpoint(folder, classifier, optimizer, facts) if args.resume else None
+        optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
+        progress = load_checkpoint(folder, classifier, optimizer, facts) if args.resume else Progress()
+        progress.seconds += time.perf_counter() - started
         records.make_folder(folder)
         writer = CheckpointWriter(folder, classifier, optimizer, facts)
         progress = train_classifier_simple(

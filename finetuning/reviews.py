@@ -7,6 +7,7 @@ import pandas as pd
 from finetuning.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+CHUNK = 5_000  # reviews read at a time
 PREPARE = "python download_prepare_dataset.py"
 
 
@@ -17,11 +18,24 @@ def load_dataframes(data_dir="."):
     1 for a positive review and 0 for a negative one. Raises UserError where a file is missing
     or holds anything else.
     """
-    missing = [name for name in csv_paths(data_dir) if not name.is_file()]
+    check_presence(data_dir)
+    return tuple(read_reviews(path) for path in csv_paths(data_dir))
+
+
+def check_dataset(data_dir="."):
+    """Raise the UserError that `load_dataframes` would raise, without holding the reviews in memory."""
+    check_presence(data_dir)
+    for path in csv_paths(data_dir):
+        for _ in iterate_reviews(path):
+            pass
+
+
+def check_presence(data_dir):
+    """Raise UserError, with the command that makes them, where CSV files are missing."""
+    missing = [path for path in csv_paths(data_dir) if not path.is_file()]
     if missing:
         folder = f" --data_dir {data_dir}" if str(data_dir) != "." else ""
         raise UserError(f"no {' or '.join(map(str, missing))}; make the CSV files with: {PREPARE}{folder}")
-    return tuple(read_reviews(path) for path in csv_paths(data_dir))
 
 
 def csv_paths(data_dir):
@@ -31,22 +45,37 @@ def csv_paths(data_dir):
 
 def read_reviews(path):
     """Read one CSV file with the columns `text` and `label`; raises UserError where it is not one."""
+    return pd.concat(iterate_reviews(path))
+
+
+def iterate_reviews(path):
+    """Read a CSV file as `read_reviews` does, but a data frame of CHUNK reviews at a time."""
     try:
         # As strings, nothing taken for missing: a review may well read "None" or "NA".
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=CHUNK) as chunks:
+            empty = True
+            for chunk in chunks:
+                rows = checked(chunk, path)
+                if len(rows):
+                    empty = False
+                    yield rows
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    if empty:
+        raise UserError(f"{path} holds no reviews")
+
+
+def checked(frame, path):
+    """The columns `text` and `label` of rows as read from `path`, the labels as integers."""
     absent = [column for column in ("text", "label") if column not in frame.columns]
     if absent:
         raise UserError(f"{path} has no column {' and no column '.join(absent)}; its columns are: "
                         f"{', '.join(frame.columns)}")
-    if frame.empty:
-        raise UserError(f"{path} holds no reviews")
-    wrong = ~frame["label"].isin(["0", "1"])
-    if wrong.any():
-        raise UserError(f"{path}, review {wrong.argmax() + 1}: label {frame['label'][wrong.argmax()]!r} "
+    wrong = frame[~frame["label"].isin(["0", "1"])]
+    if len(wrong):
+        raise UserError(f"{path}, review {wrong.index[0] + 1}: label {wrong['label'].iloc[0]!r} "
                         "is neither 0 (negative) nor 1 (positive)")
-    blank = frame["text"].str.strip() == ""
-    if blank.any():
-        raise UserError(f"{path}, review {blank.argmax() + 1}: the text is empty")
+    blank = frame[frame["text"].str.strip() == ""]
+    if len(blank):
+        raise UserError(f"{path}, review {blank.index[0] + 1}: the text is empty")
     return frame[["text", "label"]].astype({"label": int})

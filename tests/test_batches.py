@@ -1,17 +1,15 @@
 import numpy as np
-import pandas as pd
-import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from finetuning.batches import IMDbDataset, evaluation_order, tokenize, training_order
-from finetuning.errors import UserError
+from finetuning.batches import IMDbDataset, evaluation_order, training_order
+from finetuning.tokens import flatten
 
 REVIEWS = [[5, 6, 7], [8], [9, 10]]
 
 
 def test_padding_to_the_longest_and_its_mask():
-    batch = IMDbDataset(REVIEWS, [1, 0, 1], pad_token_id=0, use_attention_mask=True).batch([2, 0])
+    batch = IMDbDataset(flatten(REVIEWS, [1, 0, 1]), pad_token_id=0, use_attention_mask=True).batch([2, 0])
     assert batch.input_ids.tolist() == [[9, 10, 0], [5, 6, 7]]
     assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.lengths.tolist() == [2, 3]
@@ -19,19 +17,19 @@ def test_padding_to_the_longest_and_its_mask():
 
 
 def test_padding_to_a_fixed_length_without_a_mask():
-    batch = IMDbDataset(REVIEWS, [1, 0, 1], pad_token_id=50256, pad_to=4).batch(torch.tensor([1]))
+    batch = IMDbDataset(flatten(REVIEWS, [1, 0, 1]), pad_token_id=50256, pad_to=4).batch(torch.tensor([1]))
     assert batch.input_ids.tolist() == [[8, 50256, 50256, 50256]]
     assert batch.attention_mask is None
 
 
 def test_a_batch_without_padding_carries_no_mask():
-    dataset = IMDbDataset([[1, 2], [3, 4], [5]], [0, 1, 0], pad_token_id=0, use_attention_mask=True)
+    dataset = IMDbDataset(flatten([[1, 2], [3, 4], [5]], [0, 1, 0]), pad_token_id=0, use_attention_mask=True)
     assert dataset.batch([0, 1]).attention_mask is None
     assert dataset.batch([0, 2]).attention_mask is not None
 
 
 def test_a_single_review_and_the_first_few():
-    dataset = IMDbDataset(REVIEWS, [1, 0, 1], pad_token_id=0)
+    dataset = IMDbDataset(flatten(REVIEWS, [1, 0, 1]), pad_token_id=0)
     ids, label = dataset[2]
     assert (ids.tolist(), label) == ([9, 10], 1)
     assert len(dataset.first(2)) == 2
@@ -55,24 +53,3 @@ def test_the_evaluation_order_takes_each_review_once_longest_first_within_the_bu
     order = [indices.tolist() for indices in evaluation_order(lengths, tokens=8)]
     # 10 tokens exceed the budget and stand alone; 8 // 4 = 2 reviews; 8 // 3 = 2 reviews; the rest.
     assert order == [[1], [3, 4], [0, 5], [2]]
-
-
-def encode(texts, max_length):
-    return [[int(word) for word in text.split()][:max_length] for text in texts]
-
-
-FRAMES = [pd.DataFrame({"text": ["1 2 3 4", "5"]}), pd.DataFrame({"text": ["1 2 3 4 5 6"]})]
-
-
-@pytest.mark.parametrize(("context_length", "limit", "length"), [
-    (2, 8, 2), ("longest_training_example", 8, 4), ("longest_training_example", 3, 3), ("model_context_length", 5, 5)])
-def test_reviews_are_cut_to_the_context_length(context_length, limit, length):
-    (train, other), cut = tokenize(FRAMES, encode, context_length, limit)
-    assert cut == length
-    assert train == [[1, 2, 3, 4][:length], [5]]
-    assert other == [[1, 2, 3, 4, 5, 6][:length]]
-
-
-def test_a_context_longer_than_the_models_is_refused():
-    with pytest.raises(UserError, match="--context_length 9 is more than the 8 tokens"):
-        tokenize(FRAMES, encode, 9, 8)

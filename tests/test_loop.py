@@ -23,11 +23,12 @@ from finetuning.loop import (
     train_classifier_simple,
 )
 from finetuning.optimizers import build_optimizer
+from finetuning.tokens import flatten
 from previous_chapters import GPTModel
 
 CPU = torch.device("cpu")
 LENGTH = 24
-ENCODE = train_bert_hf.encoder_of(tiny_tokenizer())
+ENCODE = train_bert_hf.wrap(tiny_tokenizer()).encode
 
 
 def gpt():
@@ -38,7 +39,12 @@ def gpt():
 
 
 def gpt_dataset(frame):
-    return IMDbDataset(ENCODE(frame["text"].tolist(), LENGTH), frame["label"], pad_token_id=0, pad_to=LENGTH)
+    return IMDbDataset(flatten(ENCODE(frame["text"].tolist(), LENGTH), frame["label"]), pad_token_id=0, pad_to=LENGTH)
+
+
+def encoder_dataset(frame):
+    tokens = flatten(ENCODE(frame["text"].tolist(), LENGTH), frame["label"])
+    return IMDbDataset(tokens, pad_token_id=0, use_attention_mask=True)
 
 
 def train(model, head, read_logits, dataset, validation=None, seed=123, **settings):
@@ -81,10 +87,10 @@ def test_an_encoder_learns_as_in_the_textbook_loop(name):
     model = AutoModelForSequenceClassification.from_config(config)
     textbook = copy.deepcopy(model)
     frame, tokenizer = reviews(40), tiny_tokenizer(config.pad_token_id)
-    encode = train_bert_hf.encoder_of(tokenizer)
+    encode = train_bert_hf.wrap(tokenizer).encode
     expected = reference.train(textbook, reference.encoder_logits, reference.ReferenceDataset(
         frame, encode, LENGTH, tokenizer.pad_token_id), num_epochs=2, learning_rate=1e-3)
-    dataset = IMDbDataset(encode(frame["text"].tolist(), LENGTH), frame["label"], tokenizer.pad_token_id,
+    dataset = IMDbDataset(flatten(encode(frame["text"].tolist(), LENGTH), frame["label"]), tokenizer.pad_token_id,
                           use_attention_mask=True)
     head = train_bert_hf.output_layers(name, model).head
     progress = train(model, head, train_bert_hf.read_logits, dataset)
@@ -94,7 +100,7 @@ def test_an_encoder_learns_as_in_the_textbook_loop(name):
 def test_how_often_one_evaluates_does_not_change_what_is_learned():
     """With dropout on, where a single random number drawn by the evaluation would show."""
     frame = reviews(40)
-    dataset = IMDbDataset(ENCODE(frame["text"].tolist(), LENGTH), frame["label"], 0, use_attention_mask=True)
+    dataset = encoder_dataset(frame)
     losses = []
     for eval_freq in (1, 100):
         torch.manual_seed(0)
@@ -109,7 +115,7 @@ def test_evaluation_draws_nothing_and_puts_the_mode_back(training):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["distilbert"]).train(training)
     frame = reviews(20)
-    dataset = IMDbDataset(ENCODE(frame["text"].tolist(), LENGTH), frame["label"], 0, use_attention_mask=True)
+    dataset = encoder_dataset(frame)
     classifier = Classifier(model, train_bert_hf.read_logits, CPU)
     state = torch.get_rng_state()
     first, second = predict(dataset, classifier), predict(dataset, classifier)
@@ -132,7 +138,7 @@ def first_token_classifier():
 
 
 def test_loss_and_accuracy_by_hand():
-    dataset = IMDbDataset([[9], [4, 1], [5 + 1, 1, 1], [2]], [1, 0, 0, 1], pad_token_id=0)
+    dataset = IMDbDataset(flatten([[9], [4, 1], [5 + 1, 1, 1], [2]], [1, 0, 0, 1]), pad_token_id=0)
     classifier = first_token_classifier()
     assert predict(dataset, classifier).tolist() == [[5, 9], [5, 4], [5, 6], [5, 2]]  # in the dataset's order
     assert calc_accuracy_loader(dataset, classifier) == 0.5
@@ -145,7 +151,7 @@ def test_loss_and_accuracy_by_hand():
 
 
 def test_evaluation_covers_every_review_whatever_the_batches(monkeypatch):
-    dataset = IMDbDataset([[i % 7] * (i % 5 + 1) for i in range(103)], [0] * 103, pad_token_id=0)
+    dataset = IMDbDataset(flatten([[i % 7] * (i % 5 + 1) for i in range(103)], [0] * 103), pad_token_id=0)
     whole = predict(dataset, first_token_classifier())
     monkeypatch.setattr("finetuning.loop.evaluation_order.__defaults__", (11,))
     assert torch.equal(predict(dataset, first_token_classifier()), whole)
@@ -197,7 +203,7 @@ def test_distilberts_head_is_one_that_is_used():
     before = copy.deepcopy(model.state_dict())
     frame = reviews(80)
     frame["label"] = 1  # which even a head on random features can learn
-    dataset = IMDbDataset(ENCODE(frame["text"].tolist(), LENGTH), frame["label"], 0, use_attention_mask=True)
+    dataset = encoder_dataset(frame)
     progress = train(model, layers.head, train_bert_hf.read_logits, dataset, num_epochs=10)
     assert progress.curve[-1]["train_loss"] < 0.9 * progress.curve[0]["train_loss"]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -12,6 +12,7 @@ import train_bert_hf
 from finetuning import records
 from finetuning.batches import IMDbDataset
 from finetuning.errors import UserError
+from finetuning.tokens import flatten
 
 QUICK = ["--context_length", "24", "--precision", "fp32"]
 
@@ -97,17 +98,17 @@ def test_padding_under_the_mask_changes_nothing(name):
     config = TINY_CONFIGS[name]
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    ids = train_bert_hf.encoder_of(tiny_tokenizer(config.pad_token_id))(
+    ids = train_bert_hf.wrap(tiny_tokenizer(config.pad_token_id)).encode(
         ["a film", "the plot was very good and fine", "a dull cast"], 24)
 
     def logits(**padding):
-        batch = IMDbDataset(ids, [0, 1, 0], config.pad_token_id, **padding).batch([0, 1, 2])
+        batch = IMDbDataset(flatten(ids, [0, 1, 0]), config.pad_token_id, **padding).batch([0, 1, 2])
         with torch.no_grad():
             return train_bert_hf.read_logits(model, batch)
     longest = logits(use_attention_mask=True)
     torch.testing.assert_close(longest, logits(use_attention_mask=True, pad_to=24))
     assert (longest - logits(pad_to=24))[0].abs().max() > 1e-6  # without the mask, padding is attended to
-    alone = IMDbDataset(ids, [0, 1, 0], config.pad_token_id, use_attention_mask=True).batch([0])
+    alone = IMDbDataset(flatten(ids, [0, 1, 0]), config.pad_token_id, use_attention_mask=True).batch([0])
     with torch.no_grad():
         torch.testing.assert_close(train_bert_hf.read_logits(model, alone), longest[:1])
 
@@ -136,7 +137,7 @@ def test_the_longest_input(name, limit):
 
 
 def test_cutting_a_review_keeps_its_special_tokens():
-    encode = train_bert_hf.encoder_of(tiny_tokenizer())
+    encode = train_bert_hf.wrap(tiny_tokenizer()).encode
     assert encode(["the a film plot"], None) == [[2, 5, 6, 7, 8, 3]]
     assert encode(["the a film plot"], 4) == [[2, 5, 6, 3]]
 

@@ -11,6 +11,7 @@ import train_gpt
 from finetuning import records
 from finetuning.batches import IMDbDataset
 from finetuning.errors import UserError
+from finetuning.tokens import flatten
 from previous_chapters import GPTModel
 
 FINAL_LINES = [r"Training completed in \d+\.\d\d minutes\.", "", r"Evaluating on the full datasets \.\.\.", "",
@@ -75,7 +76,8 @@ def logits_and_batch(tiny_gpt):
     """A model, a padded batch of reviews of 3, 1 and 5 tokens, and the logits at all positions."""
     model = train_gpt.instantiate_model(tiny_gpt, "random").eval()
     train_gpt.replace_head(model, 0)
-    batch = IMDbDataset([[5, 6, 7], [8], [1, 2, 3, 4, 5]], [1, 0, 1], train_gpt.PAD_TOKEN_ID, pad_to=6).batch([0, 1, 2])
+    tokens = flatten([[5, 6, 7], [8], [1, 2, 3, 4, 5]], [1, 0, 1])
+    batch = IMDbDataset(tokens, train_gpt.PAD_TOKEN_ID, pad_to=6).batch([0, 1, 2])
     with torch.no_grad():
         return model, batch, model(batch.input_ids)
 
@@ -124,14 +126,14 @@ def test_context_lengths(tiny_gpt, data_dir, monkeypatch, failing):
 
 
 def test_a_review_that_spells_out_a_special_token_is_text(byte_tokenizer):
-    encode = train_gpt.load_tokenizer()
+    encode = train_gpt.load_tokenizer().encode
     assert encode(["<|endoftext|>", "ab"], None) == [list(b"<|endoftext|>"), [97, 98]]
     assert encode(["abc"], 2) == [[97, 98]]
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no cached tokenizer")
 def test_the_real_tokenizer():
-    assert train_gpt.load_tokenizer()(["Hello, I am"], None) == [[15496, 11, 314, 716]]
+    assert train_gpt.load_tokenizer().encode(["Hello, I am"], None) == [[15496, 11, 314, 716]]
 
 
 def test_no_tokenizer_and_no_network(monkeypatch):

@@ -1,0 +1,111 @@
+"""Review texts as token ids, cached on disk, so that no review is tokenized twice.
+
+A cache entry is a folder `token_cache/<key>` beside the CSV files, the key made of the CSV
+file's content, the tokenizer and the number of tokens kept. It holds `ids.bin` (all reviews'
+ids behind one another, little-endian int32), `lengths.npy` and `labels.npy` (one int64 a
+review), and `sha256`, the digest of the three.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from finetuning.errors import UserError
+from finetuning.files import sha256
+from finetuning.reviews import csv_paths, iterate_reviews
+
+FILES = ("ids.bin", "lengths.npy", "labels.npy")
+
+
+class Tokenizer(NamedTuple):
+    """What batching needs to know of a tokenizer."""
+
+    encode: Callable[[list[str], int | None], list[list[int]]]  # texts, most tokens of each (None: all) -> ids
+    fingerprint: str  # differs where `encode` does
+    pad_token_id: int
+
+
+class Tokens(NamedTuple):
+    """Tokenized reviews with their labels."""
+
+    ids: np.ndarray  # (all tokens,) int32: the reviews behind one another
+    lengths: np.ndarray  # (reviews,) int64
+    labels: np.ndarray  # (reviews,) int64
+
+
+def flatten(token_ids, labels):
+    """A list of id lists and their labels as Tokens."""
+    return Tokens(np.concatenate([np.asarray(ids, dtype="<i4") for ids in token_ids]),
+                  np.array([len(ids) for ids in token_ids], dtype=np.int64), np.array(labels, dtype=np.int64))
+
+
+def load_tokens(data_dir, tokenizer, context_length, limit):
+    """The Tokens of the training, validation and test set, and the number of tokens kept of each review.
+
+    `context_length` is that number or one of `finetuning.cli.CONTEXT_LENGTHS`; `limit` is the
+    most the model can read. Raises UserError where the number exceeds the limit.
+    """
+    paths = csv_paths(data_dir)
+    if context_length == "longest_training_example":
+        context_length = min(limit, int(cached_tokens(paths[0], tokenizer, None).lengths.max()))
+    elif context_length == "model_context_length":
+        context_length = limit
+    if context_length > limit:
+        raise UserError(f"--context_length {context_length} is more than the {limit} tokens this model can read")
+    return [cached_tokens(path, tokenizer, context_length) for path in paths], context_length
+
+
+def cached_tokens(path, tokenizer, max_length):
+    """The Tokens of a CSV file, its ids memory-mapped from the cache; a damaged entry is made anew."""
+    parts = [sha256(path), tokenizer.fingerprint, max_length]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    # A folder of data may be read-only; the cache then goes where temporary files go.
+    root = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
+    folder = root / "token_cache" / key
+    if not is_whole(folder):
+        build(folder, path, tokenizer, max_length)
+    return Tokens(np.memmap(folder / FILES[0], dtype="<i4", mode="r"),
+                  *(np.load(folder / file, allow_pickle=False) for file in FILES[1:]))
+
+
+def is_whole(folder):
+    """Whether a cache entry is there and holds what was written to it."""
+    try:
+        return (folder / "sha256").read_text(encoding="ascii") == digest(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def digest(folder):
+    """What `sha256` in a cache entry must hold."""
+    return " ".join(sha256(folder / file) for file in FILES)
+
+
+def build(folder, path, tokenizer, max_length):
+    """Tokenize a CSV file piece by piece into a cache entry, which appears only once it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    try:
+        lengths, labels = [], []
+        with open(temporary / FILES[0], "wb") as ids_file:
+            for frame in iterate_reviews(path):
+                tokens = flatten(tokenizer.encode(frame["text"].tolist(), max_length), frame["label"])
+                tokens.ids.tofile(ids_file)
+                lengths.append(tokens.lengths)
+                labels.append(tokens.labels)
+        np.save(temporary / FILES[1], np.concatenate(lengths))
+        np.save(temporary / FILES[2], np.concatenate(labels))
+        (temporary / "sha256").write_text(digest(temporary), encoding="ascii")
+        if is_whole(folder):  # another run was faster
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,73 @@
+import copy
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS, reviews
+from test_loop import CPU, encoder_dataset, gpt, gpt_dataset
+from transformers import AutoModelForSequenceClassification
+
+import train_bert_hf
+import train_gpt
+from finetuning import records
+from finetuning.features import freeze_features, is_fixed
+from finetuning.layers import set_trainable
+from finetuning.loop import Classifier, predict, train_classifier_simple
+from finetuning.optimizers import build_optimizer
+
+
+def losses(classifier, head, dataset):
+    torch.manual_seed(123)
+    optimizer = build_optimizer("adamw", classifier.model, head, learning_rate=1e-2)
+    progress = train_classifier_simple(classifier, optimizer, dataset, dataset, num_epochs=3, batch_size=8)
+    return [float(loss) for loss in progress.losses]
+
+
+@pytest.mark.parametrize("read_logits", [*train_gpt.TOKEN_POSITIONS.values(), *train_gpt.AVERAGES.values()])
+def test_a_gpts_last_layer_learns_the_same_from_features(read_logits):
+    model, layers = gpt()
+    set_trainable(model, "last_layer", layers)
+    check(model, layers.head, read_logits, gpt_dataset(reviews(50)))
+
+
+def test_a_modernberts_last_layer_learns_the_same_from_features():
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["modernbert-base"])
+    layers = train_bert_hf.output_layers("modernbert-base", model)
+    set_trainable(model, "last_layer", layers)
+    check(model, layers.head, train_bert_hf.read_logits, encoder_dataset(reviews(50)))
+
+
+def check(model, head, read_logits, dataset):
+    classifier = Classifier(model, read_logits, CPU)
+    assert is_fixed(classifier, dataset)
+    before = {name: id(module) for name, module in model.named_modules()}
+    whole = copy.deepcopy(model)
+    head_of_whole = dict(whole.named_modules())[next(name for name, m in model.named_modules() if m is head)]
+    expected = losses(Classifier(whole, read_logits, CPU), head_of_whole, dataset)
+    alone, (features,) = freeze_features(classifier, head, dataset)
+    torch.testing.assert_close(predict(features, alone), predict(dataset, classifier))
+    assert losses(alone, head, features) == pytest.approx(expected, abs=1e-5)
+    assert len(set(expected)) == len(expected)
+    assert {name: id(module) for name, module in model.named_modules()} == before  # the head is back in its place
+
+
+@pytest.mark.parametrize("name", ["distilbert", "bert", "roberta", "deberta-v3-base"])
+def test_dropout_makes_features_vary(name):
+    """Their frozen layers drop out at random, which is part of the published training."""
+    model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS[name]).eval()
+    state = torch.get_rng_state()
+    assert not is_fixed(Classifier(model, train_bert_hf.read_logits, CPU), encoder_dataset(reviews(4)))
+    assert not model.training
+    torch.set_rng_state(state)
+
+
+def test_train_gpt_uses_it_for_the_last_layer_alone(tiny_gpt, data_dir, tmp_path, monkeypatch, capsys):
+    calls = []
+    for mode in ("last_layer", "last_block"):
+        command = ["--model_size", tiny_gpt, "--weights", "random", "--trainable_layers", mode, "--data_dir",
+                   str(data_dir), "--output_dir", str(tmp_path / mode), "--context_length", "16"]
+        monkeypatch.setattr("finetuning.experiment.freeze_features",
+                            lambda *arguments, mode=mode: (calls.append(mode), freeze_features(*arguments))[1])
+        train_gpt.main(command)
+    assert calls == ["last_layer"]
+    assert records.read_record(tmp_path / "last_layer")["parameters"]["trainable"] == 8 * 2 + 2

@@ -1,0 +1,134 @@
+import os
+import shutil
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from finetuning import tokens
+from finetuning.errors import UserError
+from finetuning.tokens import Tokenizer, cached_tokens, flatten, load_tokens
+
+
+def numbers(calls=None, fingerprint="numbers"):
+    """A tokenizer of texts that are numbers; `calls` counts the texts it has seen."""
+    def encode(texts, max_length):
+        if calls is not None:
+            calls.extend(texts)
+        return [[int(word) for word in text.split()][:max_length] for text in texts]
+    return Tokenizer(encode, fingerprint, pad_token_id=0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\n1 2 3 4,1\n5,0\n6 7,1\n")
+    return tmp_path
+
+
+def as_lists(found):
+    starts = np.cumsum(found.lengths) - found.lengths
+    return [found.ids[start:start + length].tolist() for start, length in zip(starts, found.lengths, strict=True)]
+
+
+def test_flattening():
+    flat = flatten([[1, 2, 3], [4]], [1, 0])
+    assert (flat.ids.tolist(), flat.lengths.tolist(), flat.labels.tolist()) == ([1, 2, 3, 4], [3, 1], [1, 0])
+
+
+@pytest.mark.parametrize(("context_length", "limit", "length"), [
+    (2, 8, 2), ("longest_training_example", 8, 4), ("longest_training_example", 3, 3), ("model_context_length", 5, 5)])
+def test_reviews_are_cut_to_the_context_length(folder, context_length, limit, length):
+    (folder / "test.csv").write_text("text,label\n1 2 3 4 5 6,0\n")
+    (train, _, test), cut = load_tokens(folder, numbers(), context_length, limit)
+    assert cut == length
+    assert as_lists(train) == [[1, 2, 3, 4][:length], [5], [6, 7]]
+    assert train.labels.tolist() == [1, 0, 1]
+    assert as_lists(test) == [[1, 2, 3, 4, 5, 6][:length]]
+
+
+def test_a_context_longer_than_the_models_is_refused(folder):
+    with pytest.raises(UserError, match="--context_length 9 is more than the 8 tokens"):
+        load_tokens(folder, numbers(), 9, 8)
+
+
+def test_a_second_time_nothing_is_tokenized(folder):
+    calls = []
+    first = cached_tokens(folder / "train.csv", numbers(calls), 3)
+    second = cached_tokens(folder / "train.csv", numbers(calls), 3)
+    assert calls == ["1 2 3 4", "5", "6 7"]
+    assert as_lists(first) == as_lists(second)
+    assert isinstance(second.ids, np.memmap)
+
+
+def test_content_tokenizer_and_length_each_have_their_own_entry(folder):
+    calls = []
+    path = folder / "train.csv"
+    cached_tokens(path, numbers(calls), 3)
+    cached_tokens(path, numbers(calls), 2)
+    cached_tokens(path, numbers(calls, "other"), 2)
+    path.write_text("text,label\n8 9,0\n")
+    assert as_lists(cached_tokens(path, numbers(calls), 2)) == [[8, 9]]
+    assert len(calls) == 3 * 3 + 1
+
+
+@pytest.mark.parametrize("file", [*tokens.FILES, "sha256"])
+@pytest.mark.parametrize("damage", ["truncate", "change", "remove", "empty"])
+def test_a_damaged_entry_is_made_anew(folder, file, damage):
+    path = folder / "train.csv"
+    cached_tokens(path, numbers(), 3)
+    (entry,) = (folder / "token_cache").iterdir()
+    content = (entry / file).read_bytes()
+    if damage == "remove":
+        (entry / file).unlink()
+    else:
+        (entry / file).write_bytes({"truncate": content[:-3], "change": content[:-1] + b"\xff", "empty": b""}[damage])
+    assert as_lists(cached_tokens(path, numbers(), 3)) == [[1, 2, 3], [5], [6, 7]]
+    assert [path.name for path in (folder / "token_cache").iterdir()] == [entry.name]
+
+
+def test_an_unfinished_entry_is_no_entry(folder):
+    def interrupted(texts, max_length):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        cached_tokens(folder / "train.csv", Tokenizer(interrupted, "numbers", 0), 3)
+    assert list((folder / "token_cache").iterdir()) == []
+    assert as_lists(cached_tokens(folder / "train.csv", numbers(), 3)) == [[1, 2, 3], [5], [6, 7]]
+
+
+def test_two_runs_at_once_agree(folder):
+    """The one that finishes second finds the first one's entry and keeps it."""
+    path = folder / "train.csv"
+    entry = []
+
+    def slow(texts, max_length):
+        if not entry:
+            entry.append(cached_tokens(path, numbers(), 3))  # the other run starts later and ends earlier
+        return numbers().encode(texts, max_length)
+    found = cached_tokens(path, Tokenizer(slow, "numbers", 0), 3)
+    assert as_lists(found) == as_lists(entry[0])
+    assert len(list((folder / "token_cache").iterdir())) == 1
+
+
+def test_a_read_only_data_folder_does_without_a_cache_beside_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tokens.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
+    cached_tokens(folder / "train.csv", numbers(), 3)
+    assert not (folder / "token_cache").exists()
+    assert (tmp_path / "elsewhere" / "token_cache").exists()
+
+
+def test_memory_does_not_grow_with_the_number_of_reviews(tmp_path, monkeypatch):
+    """Python's own allocations while tokenizing 2,000 and 20,000 reviews, 500 at a time."""
+    monkeypatch.setattr("finetuning.reviews.CHUNK", 500)
+    peaks = []
+    for count in (2_000, 20_000):
+        path = tmp_path / "train.csv"
+        pd.DataFrame({"text": ["1 2 3 4 5 6 7 8 " * 10] * count, "label": 1}).to_csv(path, index=False)
+        shutil.rmtree(tmp_path / "token_cache", ignore_errors=True)
+        tracemalloc.start()
+        cached_tokens(path, numbers(), None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0]
