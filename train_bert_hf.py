@@ -57,6 +57,11 @@ MODELS = {
 
 def main(argv=None):
     args = parse_args(argv)
+    run_experiment(args, run_name(args), *build(args))
+
+
+def build(args):
+    """What `args` describe: (model, head, read_logits, training set, validation set, test set)."""
     check_dataset(args.data_dir)
     model, tokenizer = load_model(args.model, args.seed)
     layers = output_layers(args.model, model)
@@ -67,7 +72,7 @@ def main(argv=None):
     # Under a mask, padding to the batch's longest review is the same computation as padding to the full length.
     datasets = [IMDbDataset(tokens, tokenizer.pad_token_id, pad_to=None if masked else length,
                             use_attention_mask=masked) for tokens in sets]
-    run_experiment(args, run_name(args), model, layers.head, read_logits, *datasets)
+    return model, layers.head, read_logits, *datasets
 
 
 def parse_args(argv=None):

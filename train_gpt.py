@@ -33,6 +33,11 @@ NUM_CLASSES = 2
 
 def main(argv=None):
     args = parse_args(argv)
+    run_experiment(args, run_name(args), *build(args))
+
+
+def build(args):
+    """What `args` describe: (model, head, read_logits, training set, validation set, test set)."""
     check_dataset(args.data_dir)
     tokenizer = load_tokenizer()
     model = instantiate_model(args.model_size, args.weights, args.seed, args.models_dir)
@@ -45,7 +50,7 @@ def main(argv=None):
                                                            and args.trainable_token_pos != "flexible")
     datasets = [IMDbDataset(tokens, PAD_TOKEN_ID, pad_to=length if reads_padding else None) for tokens in sets]
     reader = AVERAGES if args.average_embeddings else TOKEN_POSITIONS
-    run_experiment(args, run_name(args), model, layers.head, reader[args.trainable_token_pos], *datasets)
+    return model, layers.head, reader[args.trainable_token_pos], *datasets
 
 
 def parse_args(argv=None):

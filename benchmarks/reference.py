@@ -2,13 +2,20 @@
 
 Speed is measured against it, and the project's own loop is tested against it: attention scores
 materialised, every review padded to the full context, logits of all positions, unfused AdamW in
-float32, reviews taken one at a time from a data frame, batch 8 for training and evaluation.
+float32, reviews taken one at a time from a data frame, batch 8 for training and evaluation. The
+data preparation and the scikit-learn baselines have their plain counterparts here, too.
 """
 
 import math
+import os
+import time
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -53,31 +60,69 @@ def encoder_logits(model, input_ids, attention_mask):
     return model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def train(model, read_logits, dataset, *, num_epochs=1, batch_size=8, learning_rate, seed=123):
-    """Train; return the loss of every update."""
+def train(model, read_logits, dataset, *, num_epochs=1, batch_size=8, learning_rate, seed=123, max_steps=None):
+    """Train; return the loss of every update and the seconds it took."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
-    losses = []
+    losses, seconds = [], []
+    device = next(model.parameters()).device
     model.train()
+    started = time.perf_counter()
     for _ in range(num_epochs):
-        for input_ids, attention_mask, labels in loader:
+        for batch in loader:
+            input_ids, attention_mask, labels = (tensor.to(device) for tensor in batch)
             optimizer.zero_grad()
             loss = F.cross_entropy(read_logits(model, input_ids, attention_mask), labels)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    return losses
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            if len(losses) == max_steps:
+                return losses, seconds
+    return losses, seconds
 
 
 def evaluate(model, read_logits, dataset, batch_size=8):
     """Return (mean loss, accuracy)."""
     loss = correct = 0
+    device = next(model.parameters()).device
     model.eval()
     with torch.no_grad():
-        for input_ids, attention_mask, labels in DataLoader(dataset, batch_size=batch_size):
+        for batch in DataLoader(dataset, batch_size=batch_size):
+            input_ids, attention_mask, labels = (tensor.to(device) for tensor in batch)
             logits = read_logits(model, input_ids, attention_mask)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(dim=-1) == labels).sum().item()
     model.train()
     return loss / len(dataset), correct / len(dataset)
+
+
+def prepare(folder, data_dir):
+    """Extracted aclImdb folder -> three CSV files, one review at a time."""
+    rows = []
+    for part in ("test", "train"):
+        for kind, label in (("pos", 1), ("neg", 0)):
+            directory = os.path.join(folder, part, kind)
+            for name in sorted(os.listdir(directory)):
+                with open(os.path.join(directory, name), encoding="utf-8") as file:
+                    rows.append({"text": file.read(), "label": label})
+    reviews = pd.DataFrame(rows)
+    for _ in range(2):
+        reviews = reviews.sample(frac=1, random_state=123).reset_index(drop=True)
+    reviews[:35_000].to_csv(os.path.join(data_dir, "train.csv"), index=False)
+    reviews[35_000:40_000].to_csv(os.path.join(data_dir, "validation.csv"), index=False)
+    reviews[40_000:].to_csv(os.path.join(data_dir, "test.csv"), index=False)
+
+
+def logistic_regression(data_dir):
+    """Both scikit-learn baselines with the published settings; returns the latter's accuracies."""
+    frames = [pd.read_csv(os.path.join(data_dir, f"{split}.csv")) for split in ("train", "validation", "test")]
+    vectorizer = CountVectorizer()
+    features = [vectorizer.fit_transform(frames[0]["text"])]
+    features += [vectorizer.transform(frame["text"]) for frame in frames[1:]]
+    dummy = DummyClassifier(strategy="most_frequent").fit(features[0], frames[0]["label"])
+    model = LogisticRegression(max_iter=1000).fit(features[0], frames[0]["label"])
+    return [[fitted.score(x, frame["label"]) for x, frame in zip(features, frames, strict=True)]
+            for fitted in (dummy, model)][1]

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-# Evaluation gains from large batches until the device is busy; 64 reviews of 256 tokens are plenty.
-EVALUATION_TOKENS = 64 * 256
+POOL = 50  # batches among which reviews of similar length are looked for
 
 
 class Batch(NamedTuple):
@@ -83,7 +82,20 @@ def training_order(num_reviews, batch_size):
     return torch.stack(list(order))
 
 
-def evaluation_order(lengths, tokens=EVALUATION_TOKENS):
+def grouped_order(lengths, batch_size):
+    """Like `training_order`, but with reviews of similar length in a batch.
+
+    Shuffled reviews are sorted by length within pools of POOL batches, and the batches shuffled
+    again: less padding than at random, more mixing than after sorting everything.
+    """
+    lengths = torch.as_tensor(lengths)
+    order = training_order(len(lengths), batch_size).flatten()
+    pools = [pool[lengths[pool].argsort(stable=True)] for pool in order.split(POOL * batch_size)]
+    batches = torch.cat(pools).view(-1, batch_size)
+    return batches[torch.randperm(len(batches))]
+
+
+def evaluation_order(lengths, tokens):
     """All reviews as arrays of indices, longest first, each array padding to at most `tokens` tokens.
 
     Evaluation does not depend on the order, and reviews of like length need little padding.

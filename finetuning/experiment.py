@@ -29,6 +29,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
     total, trainable = count_parameters(model)
     note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
          f"Parameters: {total:,}, of which {trainable:,} are trained")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     classifier = Classifier(model.to(device), read_logits, device, precision)
     if args.compile:
         model.compile()
@@ -49,7 +50,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
         progress = train_classifier_simple(
             classifier, optimizer, train, validation, num_epochs=args.num_epochs, batch_size=args.batch_size,
             max_steps=args.max_steps, eval_freq=args.eval_freq, eval_iter=args.eval_iter,
-            progress=progress, after_step=writer)
+            group_by_length=args.group_by_length, progress=progress, after_step=writer)
         print(f"Training completed in {progress.seconds / 60:.2f} minutes.", flush=True)
 
         print("\nEvaluating on the full datasets ...\n", flush=True)

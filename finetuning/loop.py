@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetuning.batches import Batch, evaluation_order, training_order
+from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
 from finetuning.runtime import autocast, synchronize
+
+# Tokens in a batch of evaluation: enough to keep the device busy, no more memory than training takes.
+EVALUATION_TOKENS = {"cpu": 16 * 256, "mps": 64 * 256, "cuda": 256 * 256}
 
 
 @dataclass
@@ -54,7 +57,7 @@ def predict(reviews, classifier):
     """
     was_training = classifier.model.training
     classifier.model.eval()
-    order = list(evaluation_order(reviews.lengths))
+    order = list(evaluation_order(reviews.lengths, EVALUATION_TOKENS[classifier.device.type]))
     # One autocast context around all batches, so that weights are rounded to bf16 once.
     with torch.inference_mode(), autocast(classifier.device, classifier.precision):
         logits = torch.cat([classifier(reviews.batch(indices).to(classifier.device)) for indices in order]).cpu()
@@ -85,11 +88,13 @@ def evaluate_model(classifier, train, validation):
 
 
 def train_classifier_simple(classifier, optimizer, train, validation, *, num_epochs, batch_size, max_steps=None,
-                            eval_freq=50, eval_iter=20, progress=None, after_step=lambda progress: None):
+                            eval_freq=50, eval_iter=20, group_by_length=False, progress=None,
+                            after_step=lambda progress: None):
     """Train for `num_epochs`, or exactly `max_steps` updates if that is less; return the Progress.
 
     Every `eval_freq` updates, counted from the first, it prints the losses over the first
     `eval_iter` batches' worth of reviews of each set, and after each epoch the accuracies.
+    `group_by_length` puts reviews of similar length into a batch.
     Given an unfinished run's `progress`, it goes on from there. `after_step` is called between
     two updates.
     """
@@ -102,7 +107,8 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
     while progress.step < last_step:
         epoch, steps_done = divmod(progress.step, steps_per_epoch)
         if progress.order is None:
-            progress.order = training_order(len(train), batch_size)
+            progress.order = (grouped_order(train.lengths, batch_size) if group_by_length
+                              else training_order(len(train), batch_size))
         for indices in progress.order[steps_done:steps_done + last_step - progress.step]:
             loss = calc_loss_batch(train.batch(indices), classifier)
             loss.backward()

@@ -7,7 +7,7 @@
     arguments           every flag's value, defaults included
     finished            date and time in UTC, ISO 8601
     hardware            name of the GPU or CPU that did the work
-    precision           {"used": "fp32" or "bf16", "why": ...}; null for scikit-learn
+    precision           {"used": "fp32", "tf32" or "bf16", "why": ...}; null for scikit-learn
     versions            of Python and the packages that matter
     git_commit          of this code, "+" appended if files differed from it; null outside a checkout
     data                SHA-256 of each CSV file

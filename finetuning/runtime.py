@@ -39,11 +39,14 @@ def device_count(kind):
 
 
 def select_precision(name, device):
-    """Return ("fp32" or "bf16", why). "auto" takes bf16 only where the hardware has it natively and gains by it.
+    """Return ("fp32", "tf32" or "bf16", why); "auto" takes bf16 where the hardware has it natively and gains by it.
 
     The precision is that of the arithmetic; weights are float32 either way. bf16 that a CPU has to
     emulate can be hundreds of times slower, so the CPU's flags are read before anything is tried.
+    Raises UserError for "tf32", fp32 whose products are rounded, on anything but CUDA.
     """
+    if name == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 is for CUDA, not for {device.type}")
     if name != "auto":
         return name, "as asked"
     if device.type == "cuda":

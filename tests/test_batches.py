@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from finetuning.batches import IMDbDataset, evaluation_order, training_order
+from finetuning.batches import IMDbDataset, evaluation_order, grouped_order, training_order
 from finetuning.tokens import flatten
 
 REVIEWS = [[5, 6, 7], [8], [9, 10]]
@@ -46,6 +46,21 @@ def test_the_training_order_is_that_of_a_shuffling_dataloader():
     assert training_order(22, 4).tolist() == expected
     assert torch.equal(torch.get_rng_state(), after)
     assert len(expected) == 5  # the last two reviews are dropped
+
+
+def test_grouped_batches_hold_each_review_once_and_little_padding():
+    lengths = np.random.default_rng(0).integers(1, 257, 500)
+    torch.manual_seed(0)
+    grouped, shuffled = grouped_order(lengths, 8), training_order(500, 8)
+    assert grouped.shape == shuffled.shape == (62, 8)
+    assert len(set(grouped.flatten().tolist())) == 496
+
+    def padding(order):
+        return sum(lengths[batch].max() * 8 - lengths[batch].sum() for batch in order.numpy())
+    assert padding(grouped) < 0.2 * padding(shuffled)
+    assert not torch.equal(grouped, grouped_order(lengths, 8))  # another epoch, other batches
+    longest = torch.as_tensor(lengths)[grouped].amax(dim=1).tolist()
+    assert longest != sorted(longest)  # and not from short to long
 
 
 def test_the_evaluation_order_takes_each_review_once_longest_first_within_the_budget():

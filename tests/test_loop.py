@@ -14,6 +14,7 @@ from benchmarks import reference
 from finetuning.batches import IMDbDataset
 from finetuning.layers import set_trainable
 from finetuning.loop import (
+    EVALUATION_TOKENS,
     Classifier,
     calc_accuracy_loader,
     calc_loss_batch,
@@ -67,7 +68,7 @@ def test_gpt_learns_as_in_the_textbook_loop(mode, position, read_logits):
     set_trainable(model, mode, layers)
     textbook = copy.deepcopy(model)
     reference.materialize_attention(textbook)
-    expected = reference.train(textbook, reference.gpt_logits(position), reference.ReferenceDataset(
+    expected, _ = reference.train(textbook, reference.gpt_logits(position), reference.ReferenceDataset(
         frame, ENCODE, LENGTH, pad_token_id=0), num_epochs=2, learning_rate=1e-3)
     progress = train(model, layers.head, read_logits, gpt_dataset(frame), eval_freq=3, eval_iter=1)
     assert len(expected) == 12
@@ -88,7 +89,7 @@ def test_an_encoder_learns_as_in_the_textbook_loop(name):
     textbook = copy.deepcopy(model)
     frame, tokenizer = reviews(40), tiny_tokenizer(config.pad_token_id)
     encode = train_bert_hf.wrap(tokenizer).encode
-    expected = reference.train(textbook, reference.encoder_logits, reference.ReferenceDataset(
+    expected, _ = reference.train(textbook, reference.encoder_logits, reference.ReferenceDataset(
         frame, encode, LENGTH, tokenizer.pad_token_id), num_epochs=2, learning_rate=1e-3)
     dataset = IMDbDataset(flatten(encode(frame["text"].tolist(), LENGTH), frame["label"]), tokenizer.pad_token_id,
                           use_attention_mask=True)
@@ -153,7 +154,7 @@ def test_loss_and_accuracy_by_hand():
 def test_evaluation_covers_every_review_whatever_the_batches(monkeypatch):
     dataset = IMDbDataset(flatten([[i % 7] * (i % 5 + 1) for i in range(103)], [0] * 103), pad_token_id=0)
     whole = predict(dataset, first_token_classifier())
-    monkeypatch.setattr("finetuning.loop.evaluation_order.__defaults__", (11,))
+    monkeypatch.setitem(EVALUATION_TOKENS, "cpu", 11)
     assert torch.equal(predict(dataset, first_token_classifier()), whole)
     assert whole[:, 1].tolist() == [i % 7 for i in range(103)]
 

@@ -68,6 +68,12 @@ def test_precision_is_of_the_arithmetic_not_of_weights_or_logits(precision, insi
     assert model.weight.dtype == torch.float32
 
 
+def test_tf32_only_on_cuda_and_only_when_asked():
+    assert runtime.select_precision("tf32", torch.device("cuda")) == ("tf32", "as asked")
+    with pytest.raises(UserError, match="is for CUDA, not for cpu"):
+        runtime.select_precision("tf32", CPU)
+
+
 def test_random_state_is_put_back():
     state = runtime.random_state(CPU)
     drawn = torch.rand(3)

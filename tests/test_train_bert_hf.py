@@ -113,14 +113,12 @@ def test_padding_under_the_mask_changes_nothing(name):
         torch.testing.assert_close(train_bert_hf.read_logits(model, alone), longest[:1])
 
 
-def test_without_the_mask_reviews_are_padded_to_the_full_length(data_dir, tmp_path, monkeypatch):
+def test_without_the_mask_reviews_are_padded_to_the_full_length(data_dir, tmp_path):
     save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
-    seen = []
-    monkeypatch.setattr(train_bert_hf, "run_experiment", lambda *arguments: seen.append(arguments[-1]))
-    for mask in ("true", "false"):
-        train_bert_hf.main(["--model", str(tmp_path / "model"), "--data_dir", str(data_dir),
-                            "--use_attention_mask", mask, *QUICK])
-    assert [(dataset.pad_to, dataset.use_attention_mask) for dataset in seen] == [(None, True), (24, False)]
+    for mask, pad_to in (("true", None), ("false", 24)):
+        *_, test = train_bert_hf.build(train_bert_hf.parse_args(
+            ["--model", str(tmp_path / "model"), "--data_dir", str(data_dir), "--use_attention_mask", mask, *QUICK]))
+        assert (test.pad_to, test.use_attention_mask) == (pad_to, mask == "true")
 
 
 @pytest.mark.parametrize(("name", "limit"), [("bert", 40), ("distilbert", 40), ("roberta", 38),

@@ -30,6 +30,7 @@ def test_the_whole_run(tiny_gpt, data_dir, tmp_path, monkeypatch, capsys):
         line for line in printed[1] if "minutes" not in line]
     for line, pattern in zip(printed[0][-7:], FINAL_LINES, strict=True):
         assert re.fullmatch(pattern, line), line
+    assert torch.get_float32_matmul_precision() == "highest"  # no TF32 unasked
     record = records.read_record("results/gpt2-tiny-0M-all-random-seed123")
     assert record["parameters"]["all"] == record["parameters"]["trainable"]
     assert (len(record["losses"]), record["reviews"]) == (6, {"train": 48, "validation": 16, "test": 20})
@@ -104,24 +105,20 @@ def test_averages_skip_the_padding_only_with_flexible(logits_and_batch):
     (["--trainable_token_pos", "first"], None), (["--trainable_token_pos", "flexible"], None),
     (["--trainable_token_pos", "flexible", "--average_embeddings"], None)])
 def test_padding_reaches_the_full_length_where_the_class_is_read_from_it(
-        tiny_gpt, data_dir, monkeypatch, flags, length):
-    seen = []
-    monkeypatch.setattr(train_gpt, "run_experiment", lambda *arguments: seen.append(arguments))
-    train_gpt.main(["--model_size", tiny_gpt, "--weights", "random", "--data_dir", str(data_dir),
-                    "--context_length", "40", *flags])
-    *_, train, validation, test = seen[0]
+        tiny_gpt, data_dir, flags, length):
+    *_, train, validation, test = train_gpt.build(train_gpt.parse_args(
+        ["--model_size", tiny_gpt, "--weights", "random", "--data_dir", str(data_dir), "--context_length", "40",
+         *flags]))
     assert {dataset.pad_to for dataset in (train, validation, test)} == {length}
 
 
-def test_context_lengths(tiny_gpt, data_dir, monkeypatch, failing):
-    seen = []
-    monkeypatch.setattr(train_gpt, "run_experiment", lambda *arguments: seen.append(arguments[-3].lengths.max()))
+def test_context_lengths(tiny_gpt, data_dir, failing):
     command = ["--model_size", tiny_gpt, "--weights", "random", "--data_dir", str(data_dir), "--context_length"]
     texts = reviews(48)["text"]
     (data_dir / "train.csv").write_text("text,label\n" + "".join(f"{text[:50]},1\n" for text in texts))
-    for value in ("30", "longest_training_example", "model_context_length"):
-        train_gpt.main([*command, value])
-    assert seen == [30, 50, 50]
+    for value, longest in (("30", 30), ("longest_training_example", 50), ("model_context_length", 50)):
+        *_, train, validation, test = train_gpt.build(train_gpt.parse_args([*command, value]))
+        assert train.lengths.max() == longest
     assert "65 is more than the 64 tokens" in failing(train_gpt.main, *command, "65")
 
 

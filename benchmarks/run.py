@@ -1,0 +1,205 @@
+"""Time this project against the reference loop, in alternation, on the same weights and reviews.
+
+    python benchmarks/run.py --data_dir . gpt2-all distilbert-all
+
+Every measurement is a process of its own: it loads the model, times training steps and
+evaluation, and reports the peak memory. Reference and project take turns for `--rounds`
+rounds, so that a machine whose speed drifts slows both; the table shows the median of the
+rounds' ratios. The whole run is put together from the measured parts in the proportions of
+the published one: 4,375 steps, 88 log lines over 2 x 160 reviews, 50,000 reviews at the end.
+"""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from torch.utils.data import Subset
+
+import download_prepare_dataset
+import train_bert_hf
+import train_gpt
+import train_sklearn_logreg
+from benchmarks import reference
+from finetuning.cli import ArgumentParser, positive_int, run
+from finetuning.features import freeze_features, is_fixed
+from finetuning.files import written_whole
+from finetuning.loop import Classifier, predict, train_classifier_simple
+from finetuning.machine import process_peak_memory, versions
+from finetuning.optimizers import build_optimizer
+from finetuning.reviews import load_dataframes
+from finetuning.runtime import hardware, select_device, select_precision
+
+STEPS, LOG_REVIEWS, FINAL_REVIEWS = 4_375, 88 * 2 * 160, 50_000  # of a published run
+GPT = ["--weights", "random", "--trainable_layers"]
+# Measured parts and what the table calls them.
+PARTS = {"run": "whole run", "step": "training step", "review": "evaluation", "tokenizing": "tokenizing",
+         "peak_memory": "peak memory"}
+ROWS = {
+    "gpt2-all": (train_gpt, [*GPT, "all"]),
+    "gpt2-flexible": (train_gpt, [*GPT, "all", "--trainable_token_pos", "flexible"]),
+    "gpt2-last_block": (train_gpt, [*GPT, "last_block"]),
+    "gpt2-last_layer": (train_gpt, [*GPT, "last_layer"]),
+    **{f"{name}-all": (train_bert_hf, ["--trainable_layers", "all", "--model", name]) for name in train_bert_hf.MODELS},
+    "data": (download_prepare_dataset, []),
+    "logreg": (train_sklearn_logreg, []),
+}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.side:
+        print(json.dumps(measure(args)))
+        return
+    device = select_device(args.device)
+    report = {"command": args.command, "hardware": hardware(device), "versions": versions(), "rows": {}}
+    print(f"| row | {' | '.join(PARTS.values())} |\n|{'---|' * (len(PARTS) + 1)}")
+    for row in args.rows:
+        rounds = []
+        for _ in range(args.rounds):
+            rounds.append({side: measure_apart(args, row, side) for side in ("reference", "project")})
+            print(row, json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+        report["rows"][row] = rounds
+        print(table_line(row, rounds), flush=True)
+    with written_whole(args.output) as (temporary,):
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description="Time this project against a plain reference loop.")
+    parser.add_argument("rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="what to time")
+    parser.add_argument("--data_dir", default=".", help="folder of the three CSV files")
+    parser.add_argument("--archive", help="archive of the reviews, for the row data")
+    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="measurements of each side")
+    parser.add_argument("--steps", type=positive_int, default=6, metavar="N", help="training steps to time")
+    parser.add_argument("--reviews", type=positive_int, default=160, metavar="N", help="reviews to evaluate")
+    parser.add_argument("--context_length", type=positive_int, default=256, metavar="TOKENS", help="of a review")
+    parser.add_argument("--device", default="auto", help="as for the train scripts")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the project's side")
+    parser.add_argument("--output", default="benchmarks/results.json", help="file for every single measurement")
+    parser.add_argument("--side", choices=["reference", "project"], help="measure one side of one row, here and now")
+    return parser.parse_args(argv)
+
+
+def measure_apart(args, row, side):
+    """What `measure` returns for one side of one row, in a new process."""
+    command = [sys.executable, __file__, row, "--side", side]
+    for key in ("data_dir", "archive", "steps", "reviews", "context_length", "device", "precision"):
+        if getattr(args, key) is not None:
+            command += [f"--{key}", str(getattr(args, key))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args):
+    """Seconds of one side of one row: of its parts, and of the whole run; and its peak memory in bytes."""
+    script, flags = ROWS[args.rows[0]]
+    if script is download_prepare_dataset:
+        seconds = {"run": measure_data(args)}
+    elif script is train_sklearn_logreg:
+        seconds = {"run": timed(reference.logistic_regression, args.data_dir) if args.side == "reference" else timed(
+            script.main, ["--data_dir", args.data_dir, "--output_dir", tempfile.mkdtemp()])}
+    else:
+        settings = script.parse_args([*flags, "--data_dir", args.data_dir, "--context_length",
+                                      str(args.context_length), "--device", args.device])
+        tokenizing = measure_tokenizing(args, script, settings)
+        sides = {"reference": measure_reference, "project": measure_project}
+        seconds = {"tokenizing": tokenizing, **sides[args.side](args, script, settings)}
+        seconds["run"] = (seconds.get("once", 0) + STEPS * seconds["step"]
+                          + (LOG_REVIEWS + FINAL_REVIEWS) * seconds["review"])
+    return {**seconds, "peak_memory": process_peak_memory()}
+
+
+def timed(function, *arguments):
+    """Seconds that a call takes; what it prints is not shown."""
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def measure_data(args):
+    """Seconds from the archive, or for the reference from a folder it was extracted to, to the CSV files."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.side == "project":
+            return timed(download_prepare_dataset.main, ["--archive", args.archive, "--data_dir", folder])
+        with tarfile.open(args.archive) as archive:
+            archive.extractall(folder, filter="data")
+        return timed(reference.prepare, f"{folder}/aclImdb", folder)
+
+
+def measure_project(args, script, settings):
+    """Seconds of a training step, of evaluating a review, and of what is done once for the whole run."""
+    model, head, read_logits, train, *_ = script.build(settings)
+    device = select_device(args.device)
+    classifier = Classifier(model.to(device), read_logits, device, select_precision(args.precision, device)[0])
+    sample = train.first(max(args.reviews, args.steps * settings.batch_size))
+    seconds = {}
+    if settings.trainable_layers == "last_layer" and is_fixed(classifier, sample):
+        started = time.perf_counter()
+        classifier, (sample,) = freeze_features(classifier, head, sample)
+        seconds["once"] = (time.perf_counter() - started) / len(sample) * FINAL_REVIEWS
+    optimizer = build_optimizer("adamw", classifier.model, head, settings.learning_rate)
+    clock = []
+    train_classifier_simple(classifier, optimizer, sample, sample.first(1), num_epochs=args.steps, batch_size=8,
+                            max_steps=args.steps + 1, eval_freq=10**9, eval_iter=1,
+                            after_step=lambda progress: clock.append(time.perf_counter()))
+    seconds["step"] = statistics.median(b - a for a, b in itertools.pairwise(clock[:args.steps]))
+    seconds["review"] = timed(predict, sample.first(args.reviews), classifier) / args.reviews
+    return seconds
+
+
+def measure_reference(args, script, settings):
+    """Seconds of a training step and of evaluating a review in the reference loop."""
+    model, *_ = script.build(settings)
+    device = select_device(args.device)
+    frame = load_dataframes(args.data_dir)[0].head(max(args.reviews, args.steps * settings.batch_size))
+    tokenizer = tokenizer_of(script, settings)
+    dataset = reference.ReferenceDataset(frame, tokenizer.encode, args.context_length, tokenizer.pad_token_id)
+    if script is train_gpt:
+        reference.materialize_attention(model)
+        read_logits = reference.gpt_logits("last")
+    else:
+        model.set_attn_implementation("eager")
+        read_logits = reference.encoder_logits
+    _, steps = reference.train(model.to(device), read_logits, dataset, learning_rate=settings.learning_rate,
+                               max_steps=args.steps)
+    sample = Subset(dataset, range(args.reviews))
+    return {"step": statistics.median(steps[1:]),
+            "review": timed(reference.evaluate, model, read_logits, sample) / args.reviews}
+
+
+def tokenizer_of(script, settings):
+    """The Tokenizer that a train script uses."""
+    if script is train_gpt:
+        return train_gpt.load_tokenizer()
+    return train_bert_hf.wrap(train_bert_hf.load_model(settings.model, settings.seed)[1])
+
+
+def measure_tokenizing(args, script, settings):
+    """Seconds of tokenizing `args.reviews` reviews: one by one for the reference, together for the project."""
+    texts = load_dataframes(args.data_dir)[0]["text"].head(args.reviews).tolist()
+    encode = tokenizer_of(script, settings).encode
+    if args.side == "project":
+        return timed(encode, texts, args.context_length)
+    return timed(lambda: [encode([text], args.context_length) for text in texts])
+
+
+def table_line(row, rounds):
+    """A line of the table: for each part, the median over the rounds of reference / project."""
+    cells = []
+    for part in PARTS:
+        ratios = [sides["reference"][part] / sides["project"][part] for sides in rounds
+                  if part in sides["reference"] and part in sides["project"]]
+        cells.append(f"{statistics.median(ratios):.2f}x" if ratios else "")
+    return f"| {row} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    run(main)
