@@ -12,8 +12,8 @@ from torch import nn
 
 
 def pick(x, positions):
-    """x (batch, tokens, width) at one position (batch,) per row: (batch, 1, width); all of x where that is None."""
-    return x if positions is None else x[torch.arange(len(x), device=x.device), positions][:, None]
+    """x (batch, tokens, width) at positions (batch, n): (batch, n, width); all of x where that is None."""
+    return x if positions is None else x[torch.arange(len(x), device=x.device)[:, None], positions]
 
 
 class MultiHeadAttention(nn.Module):
@@ -33,11 +33,20 @@ class MultiHeadAttention(nn.Module):
         self.register_load_state_dict_pre_hook(
             lambda module, state_dict, prefix, *_: state_dict.pop(prefix + "mask", None))
 
-    def forward(self, x, positions=None):
-        """(batch, tokens, d_in) -> (batch, tokens, d_out), or (batch, 1, d_out) at one position (batch,) per row"""
+    def forward(self, x, positions=None, lengths=None):
+        """(batch, tokens, d_in) -> (batch, tokens, d_out), or (batch, n, d_out) at positions (batch, n).
+
+        `lengths` are those of the texts that x (1, tokens, d_in) holds behind one another: each is
+        attended to by itself. With `positions`, (1, texts), these are each text's last token.
+        """
         queries = self.split_heads(self.W_query(pick(x, positions)))
         keys, values = self.split_heads(self.W_key(x)), self.split_heads(self.W_value(x))
-        context = self.attend(queries, keys, values, positions)
+        if lengths is None:
+            context = self.attend(queries, keys, values, positions)
+        else:
+            texts = zip(queries.split(lengths if positions is None else 1, dim=2), keys.split(lengths, dim=2),
+                        values.split(lengths, dim=2), strict=True)
+            context = torch.cat([self.attend(*text) for text in texts], dim=2)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
@@ -45,12 +54,16 @@ class MultiHeadAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(self, queries, keys, values, positions=None):
-        """Each (batch, num_heads, tokens, head_dim); a token attends to itself and to those before it."""
+        """Each (batch, num_heads, tokens, head_dim); a token attends to itself and to those before it.
+
+        The queries are those of all tokens, or of the last one, or of the tokens at `positions` (batch, n).
+        """
         dropout = self.dropout.p if self.training else 0.0
         if positions is None:
-            return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True)
-        seen = torch.arange(keys.shape[2], device=keys.device) <= positions[:, None]
-        return F.scaled_dot_product_attention(queries, keys, values, seen[:, None, None], dropout_p=dropout)
+            causal = queries.shape[2] > 1  # a text's last token may see all of it
+            return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=causal)
+        seen = torch.arange(keys.shape[2], device=keys.device) <= positions[..., None]
+        return F.scaled_dot_product_attention(queries, keys, values, seen[:, None], dropout_p=dropout)
 
 
 class LayerNorm(nn.Module):
@@ -106,9 +119,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(cfg["emb_dim"])
         self.drop_resid = nn.Dropout(cfg["drop_rate"])
 
-    def forward(self, x, positions=None):
-        """(batch, tokens, emb_dim) -> the same, or (batch, 1, emb_dim) at one position (batch,) per row"""
-        x = pick(x, positions) + self.drop_resid(self.att(self.norm1(x), positions))
+    def forward(self, x, positions=None, lengths=None):
+        """(batch, tokens, emb_dim) -> the same, or (batch, n, emb_dim); `positions` and `lengths` as in attention"""
+        x = pick(x, positions) + self.drop_resid(self.att(self.norm1(x), positions, lengths))
         return x + self.drop_resid(self.ff(self.norm2(x)))
 
 
@@ -127,17 +140,21 @@ class GPTModel(nn.Module):
         self.final_norm = LayerNorm(cfg["emb_dim"])
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
-    def forward(self, in_idx, positions=None):
+    def forward(self, in_idx, positions=None, lengths=None):
         """Token ids (batch, tokens) -> logits (batch, tokens, classes).
 
-        With `positions` (batch,), one index per row, only the logits there: (batch, classes). The
-        last block then does the work of one token, though every token is still attended to.
+        With `positions` (batch, n), only the logits there: (batch, n, classes). The last block then
+        does the work of n tokens, though every token is still attended to.
+
+        With `lengths`, a list, `in_idx` (1, tokens) holds texts of these lengths behind one another,
+        so that nothing is spent on padding; `positions` (1, texts) are then their last tokens.
         """
-        x = self.tok_emb(in_idx) + self.pos_emb(torch.arange(in_idx.shape[1], device=in_idx.device))
-        x = self.trf_blocks[:-1](self.drop_emb(x))
-        x = self.trf_blocks[-1](x, positions)
-        logits = self.out_head(self.final_norm(x))
-        return logits if positions is None else logits[:, 0]
+        places = torch.cat([torch.arange(n, device=in_idx.device) for n in lengths or in_idx.shape[1:]])
+        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(places))
+        *blocks, last_block = self.trf_blocks
+        for block in blocks:
+            x = block(x, lengths=lengths)
+        return self.out_head(self.final_norm(last_block(x, positions, lengths)))
 
 
 def load_weights_into_gpt(gpt, params):

@@ -91,6 +91,14 @@ def test_where_the_class_is_read(logits_and_batch, position, indices):
     torch.testing.assert_close(read, logits[[0, 1, 2], indices])
 
 
+def test_the_last_real_token_is_the_same_with_the_padding_left_out(logits_and_batch):
+    """A CPU leaves the padding out, a GPU computes it and does not look at it."""
+    model, batch, logits = logits_and_batch
+    with torch.no_grad():
+        padded = model(batch.input_ids, batch.lengths[:, None] - 1)[:, 0]
+        torch.testing.assert_close(train_gpt.read_last_real(model, batch), padded)
+
+
 def test_averages_skip_the_padding_only_with_flexible(logits_and_batch):
     model, batch, logits = logits_and_batch
     with torch.no_grad():
