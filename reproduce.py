@@ -16,6 +16,8 @@ from finetuning.records import RECORD, read_record
 
 MARKERS = "<!-- results: written by reproduce.py --table -->", "<!-- end of results -->"
 
+REVIEWS = {"train": 35_000, "validation": 5_000, "test": 10_000}
+
 
 class Experiment(NamedTuple):
     """A row of the results table."""
@@ -81,6 +83,8 @@ def measured_cells(results, row):
     if not folder.exists():
         return "not measured yet | "
     record = read_record(folder)
+    if record["reviews"] != REVIEWS:
+        raise UserError(f"{folder / RECORD} is not of the published split: it has {record['reviews']} reviews")
     low, high = record["test_interval_95"]
     minutes = sum(record["seconds"].values()) / 60
     return (f"[{record['accuracy']['test']:.2%}]({folder.parent.name}/{row.name}/{RECORD}) ({low:.2%} to {high:.2%}) "

@@ -88,11 +88,9 @@ def parse_args(argv=None):
 
 
 def run_name(args):
-    """The default folder's name: model, layers, what differs from the published settings, seed."""
+    """The run's name: model, layers, what differs from the defaults, seed."""
     model = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model.replace("/", "-")
-    variants = [variant for variant, unusual in [("unmasked", args.use_attention_mask == "false"),
-                                                 (args.optimizer, args.optimizer != "adamw")] if unusual]
-    return "-".join([model, args.trainable_layers, *variants, f"seed{args.seed}"])
+    return "-".join([model, args.trainable_layers, *args.variants, f"seed{args.seed}"])
 
 
 def load_model(name, seed):

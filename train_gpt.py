@@ -69,12 +69,9 @@ def parse_args(argv=None):
 
 
 def run_name(args):
-    """The default folder's name: model, layers, what differs from the published settings, seed."""
+    """The run's name: model, layers, what differs from the defaults, seed."""
     model = args.model_size.replace(" (", "-").rstrip(")")
-    token = "average" if args.average_embeddings else args.trainable_token_pos
-    variants = [variant for variant, usual in [(args.weights, "pretrained"), (token, "last"), (args.optimizer, "adamw")]
-                if variant != usual]
-    return "-".join([model, args.trainable_layers, *variants, f"seed{args.seed}"])
+    return "-".join([model, args.trainable_layers, *args.variants, f"seed{args.seed}"])
 
 
 def load_tokenizer():

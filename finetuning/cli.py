@@ -11,6 +11,14 @@ from finetuning.errors import UserError
 CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
 # Failures of the disk or its permissions are the world's, not a bug.
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# Flags that do not change what is learned, or that a run's name shows anyway.
+NOT_IN_NAMES = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir", "models_dir",
+                "device", "compile", "resume", "eval_freq", "eval_iter"}
+
+
+def variant(key, value):
+    """A flag's value as part of a folder's name."""
+    return key if value is True else f"{key}_{value}".replace("/", "-")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -27,9 +35,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; what was typed is kept as `command`, for the record."""
+        """Parse; also keep what was typed as `command`, and as `variants` what a run's name should tell."""
         namespace = super().parse_args(args, namespace)
         namespace.command = shlex.join(["python", self.prog, *(sys.argv[1:] if args is None else args)])
+        namespace.variants = [variant(key, value) for key, value in vars(namespace).items()
+                              if key not in NOT_IN_NAMES and value != self.get_default(key)]
         return namespace
 
     def error(self, message):

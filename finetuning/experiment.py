@@ -24,19 +24,11 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
     """
     if len(train) < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} reviews of the training set")
-    device = select_device(args.device)
-    precision, reason = select_precision(args.precision, device)
-    total, trainable = count_parameters(model)
-    note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
-         f"Parameters: {total:,}, of which {trainable:,} are trained")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    classifier = Classifier(model.to(device), read_logits, device, precision)
-    if args.compile:
-        model.compile()
     facts = records.facts(args)
     folder = records.run_folder(args, name)
 
     with memory_advice():
+        classifier, setting = place(args, model, read_logits)
         started = time.perf_counter()
         if args.trainable_layers == "last_layer" and is_fixed(classifier, train):
             note("Nothing before the output layer learns or varies: computing what it reads, once")
@@ -57,7 +49,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
         started = time.perf_counter()
         splits = {"train": train, "validation": validation, "test": test}
         logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
-        synchronize(device)
+        synchronize(classifier.device)
         seconds = time.perf_counter() - started
     accuracies = {split: accuracy(logits[split], reviews.labels) for split, reviews in splits.items()}
     print(f"Training accuracy: {accuracies['train']:.2%}")
@@ -66,18 +58,31 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
 
     counts = {split: len(reviews) for split, reviews in splits.items()}
     records.write_record(folder, {
-        **facts, "name": name, "hardware": hardware(device),
-        "precision": {"used": precision, "why": reason},
-        "parameters": {"all": total, "trainable": trainable},
+        **facts, **setting, "name": name,
         "losses": [round(float(loss), 6) for loss in progress.losses], "curve": rounded(progress.curve),
         "epochs": rounded(progress.epochs), "accuracy": accuracies, "reviews": counts,
         "seconds": {"training": progress.seconds, "evaluation": seconds},
         "reviews_per_second": {"training": progress.step * args.batch_size / progress.seconds,
                                "evaluation": sum(counts.values()) / seconds},
-        "peak_memory": peak_memory(device),
+        "peak_memory": peak_memory(classifier.device),
     }, test.labels, logits["test"].softmax(dim=-1)[:, 1].numpy())
     writer.remove()
     note(f"Record: {folder / records.RECORD}")
+
+
+def place(args, model, read_logits):
+    """Put the model where and how `args` say, and tell; returns the Classifier and that part of the record."""
+    device = select_device(args.device)
+    precision, reason = select_precision(args.precision, device)
+    total, trainable = count_parameters(model)
+    note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
+         f"Parameters: {total:,}, of which {trainable:,} are trained")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if args.compile:
+        model.compile()
+    return Classifier(model.to(device), read_logits, device, precision), {
+        "hardware": hardware(device), "precision": {"used": precision, "why": reason},
+        "parameters": {"all": total, "trainable": trainable}}
 
 
 def rounded(rows):

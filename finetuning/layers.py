@@ -62,9 +62,10 @@ def find_output_layers(model, num_blocks, num_labels, **inputs):
     if not heads or heads[-1] is not started[-1]:
         raise UserError("cannot find this model's output layer; is it a sequence classifier?")
     last_run = {module: position for position, module in enumerate(started)}
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks]
-    ends = {max((last_run.get(part, -1) for part in blocks[-1].modules()), default=-1): blocks[-1] for blocks in lists}
-    end = max(ends, default=-1)
-    if end < 0:
-        return OutputLayers(started[-1], [], None)
-    return OutputLayers(started[-1], list(dict.fromkeys(started[end + 1:-1])), ends[end])
+
+    def end_of(block):
+        return max(last_run.get(part, -1) for part in block.modules())
+    last_blocks = [m[-1] for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks]
+    last_block = max(last_blocks, key=end_of, default=None)
+    between = started[end_of(last_block) + 1:-1] if last_block else []
+    return OutputLayers(started[-1], list(dict.fromkeys(between)), last_block)

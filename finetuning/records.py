@@ -62,7 +62,7 @@ def make_folder(folder):
 
 def facts(args):
     """The part of a record that holds before the run: what was asked, with which code and data."""
-    arguments = {key: value for key, value in vars(args).items() if key != "command"}
+    arguments = {key: value for key, value in vars(args).items() if key not in ("command", "variants")}
     return {"command": args.command, "arguments": arguments, "versions": versions(), "git_commit": git_commit(),
             "data": {path.name: sha256(path) for path in csv_paths(args.data_dir)}}
 

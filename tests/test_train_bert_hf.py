@@ -29,7 +29,7 @@ def test_each_model_of_the_table_by_its_hub_id(name, data_dir, tmp_path, hub_sna
     for line, pattern in zip(printed[0][-6:], FINAL_LINES[1:], strict=True):
         assert re.fullmatch(pattern, line), line
     record = records.read_record(tmp_path / "run")
-    assert record["name"] == f"{name}-all-seed123"
+    assert record["name"] == f"{name}-all-context_length_24-precision_fp32-seed123"
     assert len(record["losses"]) == 6
     assert len(set(record["losses"])) == 6
 
@@ -42,7 +42,7 @@ def test_a_local_folder_of_a_model_that_is_not_in_the_table(mode, data_dir, tmp_
     train_bert_hf.main(["--model", str(tmp_path / "electra"), "--trainable_layers", mode, "--data_dir", str(data_dir),
                         "--output_dir", str(tmp_path / "run"), "--max_steps", "2", *QUICK])
     record = records.read_record(tmp_path / "run")
-    assert record["name"] == f"electra-{mode}-seed123"
+    assert record["name"] == f"electra-{mode}-context_length_24-max_steps_2-precision_fp32-seed123"
     assert (record["parameters"]["trainable"] == record["parameters"]["all"]) == (mode == "all")
 
 

@@ -31,7 +31,7 @@ def test_the_whole_run(tiny_gpt, data_dir, tmp_path, monkeypatch, capsys):
     for line, pattern in zip(printed[0][-7:], FINAL_LINES, strict=True):
         assert re.fullmatch(pattern, line), line
     assert torch.get_float32_matmul_precision() == "highest"  # no TF32 unasked
-    record = records.read_record("results/gpt2-tiny-0M-all-random-seed123")
+    record = records.read_record("results/gpt2-tiny-0M-all-context_length_32-weights_random-precision_fp32-seed123")
     assert record["parameters"]["all"] == record["parameters"]["trainable"]
     assert (len(record["losses"]), record["reviews"]) == (6, {"train": 48, "validation": 16, "test": 20})
     assert f"Test accuracy: {record['accuracy']['test']:.2%}" == printed[0][-1]
@@ -50,7 +50,8 @@ def test_pretrained_weights_come_from_the_hub_by_id(tiny_gpt, data_dir, tmp_path
     assert torch.equal(model.tok_emb.weight, gpt2.transformer.wte.weight)
     train_gpt.main(["--model_size", tiny_gpt, "--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"),
                     "--max_steps", "1", "--context_length", "16"])
-    assert records.read_record(tmp_path / "run")["name"] == "gpt2-tiny-0M-last_block-seed123"
+    name = records.read_record(tmp_path / "run")["name"]
+    assert name == "gpt2-tiny-0M-last_block-context_length_16-max_steps_1-seed123"
 
 
 def test_a_checkpoint_of_another_size_is_refused(tiny_gpt, data_dir, hub_snapshot, monkeypatch, failing):
