@@ -6,7 +6,6 @@ gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding mas
 """
 
 import hashlib
-import logging
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -101,7 +100,6 @@ def load_model(name, seed):
     """
     source = MODELS[name].hub_id if name in MODELS else name
     transformers.logging.set_verbosity_error()  # what matters of its warnings, our own lines say
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import logging
 import shlex
 import signal
 import sys
@@ -136,6 +137,8 @@ def _leave(signal_number, frame):
 def run(main):
     """Run a script's `main()`; a user's error, a full disk or Ctrl-C ends in one line instead of a traceback."""
     signal.signal(signal.SIGTERM, _leave)
+    # The Hub's client reports every retry; how it ended is one line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

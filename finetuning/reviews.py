@@ -35,7 +35,7 @@ def check_presence(data_dir):
     missing = [path for path in csv_paths(data_dir) if not path.is_file()]
     if missing:
         folder = f" --data_dir {data_dir}" if str(data_dir) != "." else ""
-        raise UserError(f"no {' or '.join(map(str, missing))}; make the CSV files with: {PREPARE}{folder}")
+        raise UserError(f"cannot find {', '.join(map(str, missing))}; make the CSV files with: {PREPARE}{folder}")
 
 
 def csv_paths(data_dir):

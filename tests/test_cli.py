@@ -117,7 +117,7 @@ def test_a_real_process_ends_in_one_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("train_sklearn_logreg.py: no ")
+    assert done.stderr.startswith("train_sklearn_logreg.py: cannot find ")
 
 
 def test_a_bug_keeps_its_traceback():

@@ -16,7 +16,7 @@ def test_a_missing_file_gives_the_command_that_makes_it(data_dir):
     (data_dir / "test.csv").unlink()
     with pytest.raises(UserError) as error:
         load_dataframes(data_dir)
-    assert f"no {data_dir / 'test.csv'};" in str(error.value)
+    assert f"cannot find {data_dir / 'test.csv'};" in str(error.value)
     assert f"python download_prepare_dataset.py --data_dir {data_dir}" in str(error.value)
 
 
