@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
+import urllib3
 from tqdm import tqdm
 
 from finetuning.cli import ArgumentParser, run
@@ -95,12 +96,14 @@ def download(wanted, target):
     something of another size or digest than it should.
     """
     try:
-        with written_whole(target) as (temporary,), requests.get(wanted.url, stream=True, timeout=TIMEOUT) as response:
+        with written_whole(target) as (temporary,), requests.get(wanted.url, stream=True, timeout=TIMEOUT,
+                                                                 headers={"Accept-Encoding": "identity"}) as response:
             response.raise_for_status()
             size = wanted.size or int(response.headers.get("Content-Length", 0)) or None
             bar = tqdm(total=size, unit="B", unit_scale=True, desc=target.name)
             with open(temporary, "wb") as file, bar:
-                for chunk in response.iter_content(1 << 20):
+                # As it is stored: some servers call a .tar.gz a gzipped page, which requests would unpack.
+                for chunk in response.raw.stream(1 << 20, decode_content=False):
                     file.write(chunk)
                     bar.update(len(chunk))
             received = temporary.stat().st_size
@@ -108,7 +111,7 @@ def download(wanted, target):
                 raise UserError(f"{wanted.url}: received {received:,} bytes instead of {size:,}; try again")
             if wanted.md5 and md5(temporary) != wanted.md5:
                 raise UserError(f"{wanted.url}: the file received is not the official archive (its MD5 differs)")
-    except requests.RequestException as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise UserError(f"cannot download {wanted.url}: {error}; if you have the archive, "
                         "pass it with --archive") from error
 

@@ -17,7 +17,8 @@ REPOSITORIES = {
 }
 # Published names of the arrays -> names in the book's layout.
 TOP_LEVEL = {"wte.weight": "wte", "wpe.weight": "wpe", "ln_f.weight": "g", "ln_f.bias": "b"}
-CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # stored beside the weights, not weights
+# Stored beside the weights: causal masks, and the output head, which is the token embedding again.
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 def download_and_load_gpt2(model_size, models_dir=None):
@@ -70,7 +71,7 @@ def read_params(path):
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118, not a dictionary
-                if not name.endswith(CAUSAL_MASKS):
+                if not name.endswith(NOT_WEIGHTS):
                     place(params, name, file.get_tensor(name).astype("float32", copy=False))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is cut short or damaged ({error}); delete it and run again") from error

@@ -202,6 +202,13 @@ def test_the_official_archive_is_downloaded_once_and_checked(served, tmp_path):
     assert sorted(os.listdir(tmp_path / "data")) == ["aclImdb_v1.tar.gz", "test.csv", "train.csv", "validation.csv"]
 
 
+def test_an_archive_that_the_server_calls_a_gzipped_page_is_kept_as_it_is(served, tmp_path):
+    content, official = served
+    with LocalServer({"/a.tar.gz": content}, headers={"Content-Encoding": "x-gzip"}) as server:
+        path = dataset.fetch_archive(official(f"{server.url}/a.tar.gz"), tmp_path / "data")
+    assert path.read_bytes() == content
+
+
 def test_a_half_finished_download_is_not_taken_for_a_whole_one(served, tmp_path):
     content, official = served
     (tmp_path / "data").mkdir()

@@ -24,6 +24,7 @@ def tensors():
                    f"h.{i}.attn.c_proj.bias": (4,), f"h.{i}.mlp.c_fc.weight": (4, 16), f"h.{i}.mlp.c_fc.bias": (16,),
                    f"h.{i}.mlp.c_proj.weight": (16, 4), f"h.{i}.mlp.c_proj.bias": (4,), f"h.{i}.ln_1.weight": (4,),
                    f"h.{i}.ln_1.bias": (4,), f"h.{i}.ln_2.weight": (4,), f"h.{i}.ln_2.bias": (4,)}
+    shapes["lm_head.weight"] = (7, 4)
     return {name: np.full(shape, number, dtype=np.float32) for number, (name, shape) in enumerate(shapes.items())}
 
 
@@ -48,6 +49,7 @@ def test_the_books_layout(repository, hub_snapshot):
     assert {key: sorted(value) for key, value in block.items()} == {
         "attn": ["c_attn", "c_proj"], "mlp": ["c_fc", "c_proj"], "ln_1": ["b", "g"], "ln_2": ["b", "g"]}
     assert block["attn"]["c_attn"]["w"].shape == (4, 12)
+    assert "lm_head.weight" not in params
     published = tensors()
     assert (block["attn"]["c_attn"]["b"] == published["h.1.attn.c_attn.bias"]).all()
     assert (block["mlp"]["c_proj"]["w"] == published["h.1.mlp.c_proj.weight"]).all()
