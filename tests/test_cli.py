@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPOSITORY, TINY_CONFIGS, save_encoder
 
 import download_prepare_dataset
@@ -98,6 +99,21 @@ def test_an_output_folder_that_cannot_be_written(data_dir, tmp_path, capsys, mon
     assert printed.err.splitlines() == [
         f"train_sklearn_logreg.py: cannot write to --output_dir {tmp_path / 'file'}: File exists"]
     assert printed.out == ""  # said before the work, not after
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
+def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_path, capsys, monkeypatch):
+    def train(*args, **kwargs):
+        raise error
+    monkeypatch.setattr("finetuning.experiment.train_classifier_simple", train)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--model_size", tiny_gpt, "--weights", "random", "--data_dir",
+                                      str(data_dir), "--output_dir", str(tmp_path / "run"), "--context_length", "16"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train_gpt.main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train_gpt.py: out of memory; try a smaller --batch_size or a shorter --context_length")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -12,6 +12,7 @@ import train_bert_hf
 from finetuning import records
 from finetuning.batches import IMDbDataset
 from finetuning.errors import UserError
+from finetuning.loop import Classifier, predict
 from finetuning.tokens import flatten
 
 QUICK = ["--context_length", "24", "--precision", "fp32"]
@@ -111,6 +112,19 @@ def test_padding_under_the_mask_changes_nothing(name):
     alone = IMDbDataset(flatten(ids, [0, 1, 0]), config.pad_token_id, use_attention_mask=True).batch([0])
     with torch.no_grad():
         torch.testing.assert_close(train_bert_hf.read_logits(model, alone), longest[:1])
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_bf16_arithmetic_stays_close_to_fp32(name):
+    config = TINY_CONFIGS[name]
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    ids = train_bert_hf.wrap(tiny_tokenizer(config.pad_token_id)).encode(["a good film", "the plot was very dull"], 24)
+    dataset = IMDbDataset(flatten(ids, [1, 0]), config.pad_token_id, use_attention_mask=True)
+    logits = [predict(dataset, Classifier(model, train_bert_hf.read_logits, torch.device("cpu"), precision))
+              for precision in ("fp32", "bf16")]
+    torch.testing.assert_close(*logits, rtol=0, atol=0.02)
+    assert not torch.equal(*logits)
 
 
 def test_without_the_mask_reviews_are_padded_to_the_full_length(data_dir, tmp_path):
