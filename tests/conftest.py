@@ -1,5 +1,6 @@
 """Tiny models, tiny data, and a network that fails when touched."""
 
+import copy
 import os
 import socket
 import sys
@@ -105,7 +106,7 @@ def tiny_tokenizer(pad_token_id=0):
 def save_encoder(folder, config, dtype=torch.float32, kind=transformers.AutoModelForMaskedLM):
     """Save a tiny random model of `config` with its tokenizer, as a Hub repository would hold them."""
     torch.manual_seed(0)
-    kind.from_config(config).to(dtype).save_pretrained(folder)
+    kind.from_config(copy.deepcopy(config)).to(dtype).save_pretrained(folder)  # it writes the dtype to the config
     tiny_tokenizer(config.pad_token_id).save_pretrained(folder)
 
 

@@ -37,8 +37,7 @@ def test_every_experiment_has_its_command_and_default_folder(row):
     script, *arguments = shlex.split(row.command)[1:]
     assert [script, *arguments] in commands(README)
     args = PARSERS[script].parse_args(arguments)
-    name = "logreg-counts-seed123" if script == "train_sklearn_logreg.py" else PARSERS[script].run_name(args)
-    assert name == row.name
+    assert PARSERS[script].run_name(args) == row.name
 
 
 def test_the_table_is_that_of_the_records():

@@ -3,24 +3,27 @@ import subprocess
 import sys
 
 import pandas as pd
+import pytest
 from conftest import REPOSITORY
 
 import train_sklearn_logreg
 from finetuning import records
 
 
-def test_the_published_format_and_the_record(data_dir, tmp_path, capsys):
-    train_sklearn_logreg.main(["--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run")])
+@pytest.mark.parametrize("features", train_sklearn_logreg.FEATURES)
+def test_the_published_format_and_the_record(features, data_dir, tmp_path, capsys):
+    train_sklearn_logreg.main(["--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"),
+                               "--features", features])
     lines = capsys.readouterr().out.splitlines()
     accuracies = [r"Training Accuracy: \d+\.\d\d%", r"Validation Accuracy: \d+\.\d\d%", r"Test Accuracy: \d+\.\d\d%"]
-    for line, pattern in zip(lines, ["Dummy classifier:", *accuracies, "", "Logistic regression classifier:",
-                                     *accuracies], strict=True):
+    for line, pattern in zip(lines, ["Dummy classifier:", *accuracies, "",
+                                     train_sklearn_logreg.FEATURES[features].title, *accuracies], strict=True):
         assert re.fullmatch(pattern, line), line
     # The dummy says what most training reviews are.
     train, test = (pd.read_csv(data_dir / f"{split}.csv")["label"] for split in ("train", "test"))
     assert lines[3] == f"Test Accuracy: {(test == train.mode()[0]).mean():.2%}"
     record = records.read_record(tmp_path / "run")
-    assert record["name"] == "logreg-counts-seed123"
+    assert record["name"] == f"logreg-{features}-seed123"
     assert f"Test Accuracy: {record['accuracy']['test']:.2%}" == lines[-1]
     predictions = pd.read_csv(tmp_path / "run" / records.PREDICTIONS)
     assert ((predictions["probability"] > 0.5) == predictions["label"]).mean() == record["accuracy"]["test"]

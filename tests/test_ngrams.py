@@ -1,0 +1,47 @@
+import math
+
+import numpy as np
+import pytest
+
+from finetuning.ngrams import NaiveBayesNgrams, tokenize
+
+
+def test_words_and_punctuation_without_line_breaks():
+    assert tokenize("Not bad, at<br />ALL! It's") == ["not", "bad", ",", "at", "all", "!", "it", "'", "s"]
+
+
+def test_weights_and_rows_by_hand():
+    ngrams = NaiveBayesNgrams(min_texts=1)
+    features = ngrams.fit_transform(["good film", "bad film film"], [1, 0]).toarray()
+    # In the order they come: good, film, bad, good film, bad film, film film, bad film film. With
+    # one added to each count, the positive text has 2 2 1 2 1 1 1 of 10, the negative 1 2 2 1 2 2 2 of 12.
+    counts = np.array([[2, 2, 1, 2, 1, 1, 1], [1, 2, 2, 1, 2, 2, 2]]) / [[10], [12]]
+    weights = np.log(counts[0] / counts[1])
+    assert ngrams.weights == pytest.approx(weights, rel=1e-5)
+    assert ngrams.weights[0] == pytest.approx(math.log(2.4))
+    expected = np.array([[1, 1, 0, 1, 0, 0, 0], [0, 1, 1, 0, 1, 1, 1]]) * weights  # twice "film" counts once
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert features == pytest.approx(expected, rel=1e-5)
+
+
+def test_rare_ngrams_are_left_out():
+    ngrams = NaiveBayesNgrams(min_texts=2)
+    features = ngrams.fit_transform(["a b c", "a b d", "e e e"], [1, 0, 0])
+    assert features.shape == (3, 3)  # a, b, a b; "e" occurs three times, but in one text
+    assert features[2].nnz == 0
+
+
+def test_other_texts_bring_no_new_ngrams():
+    ngrams = NaiveBayesNgrams(min_texts=1)
+    train = ngrams.fit_transform(["a b c", "c b"], [1, 0])
+    same, other, empty = ngrams.transform(["a b c", "a new b c", "unheard of"])
+    assert (same != train[0]).nnz == 0
+    # "a new b c" holds a, b, c and "b c"; not "a b", for the words do not stand together.
+    assert other.nnz == 4
+    assert empty.nnz == 0
+
+
+def test_ngrams_do_not_cross_from_text_to_text():
+    ngrams = NaiveBayesNgrams(min_texts=1)
+    ngrams.fit_transform(["a b", "c", "d e"], [1, 0, 1])
+    assert len(ngrams.ngrams) == 5 + 2  # five words, "a b" and "d e"
