@@ -55,12 +55,17 @@ def versions():
 
 
 def git_commit():
-    """The commit this code stands at, with "+" appended if files differ from it; None outside a checkout."""
+    """The commit this code stands at, with "+" appended if its files differ from it; None outside a checkout.
+
+    Records under results/ are no code: a run that replaces one leaves the commit as it is.
+    """
+    repository = Path(__file__).parent.parent
     try:
         commit, status = (
-            subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+            subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=True,
                            timeout=10).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
+            for arguments in (["rev-parse", "HEAD"],
+                              ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]))
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if status else "")

@@ -9,7 +9,7 @@
     hardware            name of the GPU or CPU that did the work
     precision           {"used": "fp32", "tf32" or "bf16", "why": ...}; null for scikit-learn
     versions            of Python and the packages that matter
-    git_commit          of this code, "+" appended if files differed from it; null outside a checkout
+    git_commit          of this code, "+" appended if its files differed from it; null outside a checkout
     data                SHA-256 of each CSV file
     parameters          {"all": ..., "trainable": ...}, counted
     losses              the training loss of every update; [] for scikit-learn
