@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
+from finetuning.dropout import quick_dropout
 from finetuning.runtime import autocast, synchronize
 
 # Tokens in a batch of evaluation: enough to keep the device busy, no more memory than training takes.
@@ -27,7 +28,7 @@ class Classifier:
 
     def __call__(self, batch):
         """Batch on the classifier's device -> logits (batch, classes), float32."""
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), quick_dropout():
             return self.read_logits(self.model, batch).float()
 
 
