@@ -18,7 +18,7 @@ from finetuning import records
 from finetuning.cli import ArgumentParser, add_run_arguments, note, run
 from finetuning.machine import cpu_name, process_peak_memory, usable_cpus
 from finetuning.ngrams import NaiveBayesNgrams
-from finetuning.reviews import load_dataframes
+from finetuning.reviews import copies_in_training_set, load_dataframes
 
 
 class Features(NamedTuple):
@@ -44,7 +44,7 @@ FEATURES = {
 def main(argv=None):
     args = parse_args(argv)
     train, validation, test = load_dataframes(args.data_dir)
-    facts = records.facts(args)
+    facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
     name = run_name(args)
     folder = records.run_folder(args, name)
     records.make_folder(folder)
@@ -73,7 +73,7 @@ def main(argv=None):
         "reviews_per_second": {"training": counts["train"] / seconds["training"],
                                "evaluation": sum(counts.values()) / seconds["evaluation"]},
         "peak_memory": process_peak_memory(),
-    }, test["label"], model.predict_proba(sets[2][0])[:, 1])
+    }, copies, test["label"], model.predict_proba(sets[2][0])[:, 1])
     note(f"Record: {folder / records.RECORD}")
 
 

@@ -13,6 +13,7 @@ from finetuning.features import freeze_features, is_fixed
 from finetuning.layers import count_parameters
 from finetuning.loop import Classifier, Progress, accuracy, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
+from finetuning.reviews import copies_in_training_set
 from finetuning.runtime import hardware, peak_memory, select_device, select_precision, synchronize
 
 
@@ -24,7 +25,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
     """
     if len(train) < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} reviews of the training set")
-    facts = records.facts(args)
+    facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
     folder = records.run_folder(args, name)
 
     with memory_advice():
@@ -65,7 +66,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
         "reviews_per_second": {"training": progress.step * args.batch_size / progress.seconds,
                                "evaluation": sum(counts.values()) / seconds},
         "peak_memory": peak_memory(classifier.device),
-    }, test.labels, logits["test"].softmax(dim=-1)[:, 1].numpy())
+    }, copies, test.labels, logits["test"].double().softmax(dim=-1)[:, 1].numpy())
     writer.remove()
     note(f"Record: {folder / records.RECORD}")
 

@@ -17,13 +17,19 @@
     epochs              [{"step", "train_accuracy", "validation_accuracy"}, ...] on `eval_iter` batches
     accuracy            {"train", "validation", "test"}: correct reviews / reviews, on the full sets
     test_interval_95    [low, high]: Wilson interval of the test accuracy
+    calibration         {"log_loss", "expected_calibration_error"} of the test probabilities: the mean
+                        of -log(probability of the right label), in nats; and, over CALIBRATION_BINS
+                        bins of confidence, the mean distance between confidence and accuracy
+                        (Guo et al., 2017), from 0 to 1
+    copies              {"reviews", "accuracy_without"}: how many test reviews stand in the training
+                        set word for word, and the test accuracy without them
     reviews             {"train", "validation", "test"}: how many each set holds
     seconds             {"training", "evaluation"}: wall-clock
     reviews_per_second  {"training", "evaluation"}
     peak_memory         bytes: of the GPU on CUDA, else of the process; null if unknown
 
 `test_predictions.csv` has a row for each test review, in the order of test.csv: `row` (from 0),
-`label`, and `probability` (of a positive review).
+`label`, and `probability` (of a positive review; above 0.5 the answer is "positive").
 """
 
 import json
@@ -32,6 +38,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from finetuning.errors import UserError
@@ -41,8 +48,10 @@ from finetuning.reviews import csv_paths
 
 RECORD, PREDICTIONS = "record.json", "test_predictions.csv"
 KEYS = {"name", "command", "arguments", "finished", "hardware", "precision", "versions", "git_commit", "data",
-        "parameters", "losses", "curve", "epochs", "accuracy", "test_interval_95", "reviews", "seconds",
-        "reviews_per_second", "peak_memory"}
+        "parameters", "losses", "curve", "epochs", "accuracy", "test_interval_95", "calibration", "copies", "reviews",
+        "seconds", "reviews_per_second", "peak_memory"}
+CALIBRATION_BINS = 15
+LEAST_PROBABILITY = 1e-6  # of the right label, as the log loss counts it: no answer costs more than 14 nats
 
 
 def run_folder(args, name):
@@ -76,18 +85,45 @@ def wilson_interval(correct, total, z=1.959964):
     return (center - spread) / scale, (center + spread) / scale
 
 
-def write_record(folder, record, labels, probabilities):
-    """Write both files. `probabilities` are those of a positive review, one for each of the test `labels`."""
-    test = record["accuracy"]["test"]
-    interval = wilson_interval(round(test * len(labels)), len(labels))
-    record = {**record, "finished": datetime.now(UTC).isoformat(timespec="seconds"), "test_interval_95": interval}
+def calibration(labels, probabilities):
+    """How far the probabilities of a positive review can be believed: the record's `calibration`.
+
+    Both arguments are arrays with one entry for each review.
+    """
+    of_label = np.where(labels == 1, probabilities, 1 - probabilities)
+    log_loss = -np.log(of_label.clip(LEAST_PROBABILITY)).mean()
+    confidence = np.maximum(probabilities, 1 - probabilities)
+    right = answers(probabilities) == labels
+    # Confidence in one of two answers is at least 1/2: bins of equal width from there to 1.
+    bins = np.minimum((confidence - 0.5) * 2 * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
+    distances = [abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(CALIBRATION_BINS)]
+    return {"log_loss": float(log_loss), "expected_calibration_error": float(sum(distances) / len(labels))}
+
+
+def answers(probabilities):
+    """The labels that probabilities of a positive review stand for."""
+    return (probabilities > 0.5).astype(int)
+
+
+def write_record(folder, record, copies, labels, probabilities):
+    """Write both files.
+
+    There is one of each for every test review: whether it stands in the training set, its label,
+    and the probability that it is positive.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=float)
+    right, new = answers(probabilities) == labels, ~np.asarray(copies)
+    record = {**record, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+              "test_interval_95": wilson_interval(right.sum(), len(right)),
+              "calibration": calibration(labels, probabilities),
+              "copies": {"reviews": int((~new).sum()), "accuracy_without": right[new].mean() if new.any() else None}}
     if record.keys() != KEYS:
         raise ValueError(f"the record's keys differ from the schema in {sorted(record.keys() ^ KEYS)}")
     predictions = pd.DataFrame({"label": labels, "probability": probabilities})
     folder = Path(folder)
     with written_whole(folder / RECORD, folder / PREDICTIONS) as (record_file, predictions_file):
         record_file.write_text(to_json(record), encoding="utf-8")
-        predictions.to_csv(predictions_file, index_label="row", float_format="%.6f", lineterminator="\n")
+        predictions.to_csv(predictions_file, index_label="row", float_format="%.9f", lineterminator="\n")
 
 
 def to_json(record):

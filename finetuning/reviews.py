@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from finetuning.errors import UserError
@@ -46,6 +47,13 @@ def csv_paths(data_dir):
 def read_reviews(path):
     """Read one CSV file with the columns `text` and `label`; raises UserError where it is not one."""
     return pd.concat(iterate_reviews(path))
+
+
+def copies_in_training_set(data_dir):
+    """Which reviews of the test set stand in the training set word for word: (test reviews,) bool."""
+    train, _, test = csv_paths(data_dir)
+    seen = {hash(text) for frame in iterate_reviews(train) for text in frame["text"]}
+    return np.array([hash(text) in seen for frame in iterate_reviews(test) for text in frame["text"]])
 
 
 def iterate_reviews(path):

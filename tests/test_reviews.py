@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.reviews import load_dataframes, read_reviews
+from finetuning.reviews import copies_in_training_set, load_dataframes, read_reviews
 
 
 def test_reads_the_three_sets(data_dir):
@@ -47,3 +47,10 @@ def test_bad_files_are_refused(tmp_path, content, message):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_reviews(tmp_path / "a.csv")
+
+
+def test_copies_are_exact(tmp_path):
+    sets = {"train": ["a film", "a plot"], "validation": ["dull"], "test": ["a plot", "A plot", "dull"]}
+    for split, texts in sets.items():
+        pd.DataFrame({"text": texts, "label": 1}).to_csv(tmp_path / f"{split}.csv", index=False)
+    assert copies_in_training_set(tmp_path).tolist() == [True, False, False]
