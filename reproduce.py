@@ -1,22 +1,34 @@
-"""The experiments as data, and the README's results table made from their records.
+"""The experiments as data: runs them, compares two runs, and makes the READMEs' tables from the records.
 
-    python reproduce.py --table
+    python reproduce.py 8 9                       # runs rows 8 and 9
+    python reproduce.py                           # runs all rows that are not recorded yet
+    python reproduce.py --compare RUN_A RUN_B     # is one of two runs really better?
+    python reproduce.py --table                   # writes tables and pictures anew from the records
 
-writes the table between the two markers in README.md anew. Every measured number in it comes
-from a record under results/; where there is none, the table says so.
+Every measured number in a table comes from a record under results/; where there is none, the
+table says so.
 """
 
+import shlex
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from finetuning.cli import ArgumentParser, run
+from finetuning.cli import ArgumentParser, note, run, seed_number
 from finetuning.errors import UserError
-from finetuning.files import written_whole
+from finetuning.files import sha256
+from finetuning.machine import versions
+from finetuning.plots import draw_rows, draw_run
 from finetuning.records import RECORD, read_record
+from finetuning.report import comparison, recorded, resolution, results_table, splits_table, update
+from finetuning.reviews import csv_paths, read_reviews
 
-MARKERS = "<!-- results: written by reproduce.py --table -->", "<!-- end of results -->"
-
-REVIEWS = {"train": 35_000, "validation": 5_000, "test": 10_000}
+ROOT = Path(__file__).parent
+SEED = 123
+PICTURE = Path("results") / "accuracy_against_time.svg"
+PAGES = {"README.md": "en", "README.ja.md": "ja"}
 
 
 class Experiment(NamedTuple):
@@ -26,84 +38,189 @@ class Experiment(NamedTuple):
     title: str  # as published
     loads: str  # what the command loads
     published: float | None  # test accuracy in percent; None for a row of this project's own
+    minutes: float | None  # of training, as published
     command: str
-    name: str  # of the run, and of its folder under results/
+    name: str  # of the run, without its seed
+    data_dir: str = "."  # folder of the CSV files; runs on other than the published split are kept apart
 
 
-EXPERIMENTS = (
-    Experiment(1, "124M GPT-2 Baseline", "`openai-community/gpt2`, 124.4M", 91.88,
-               "python train_gpt.py --trainable_layers all --num_epochs 1", "gpt2-small-124M-all-seed123"),
-    Experiment(2, "340M BERT", "`google-bert/bert-base-uncased`, 109.5M", 90.89,
-               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model bert", "bert-all-seed123"),
-    Experiment(3, "66M DistilBERT", "`distilbert/distilbert-base-uncased`, 67.0M", 91.40,
-               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model distilbert",
-               "distilbert-all-seed123"),
-    Experiment(4, "355M RoBERTa", "`FacebookAI/roberta-large`, 355.4M", 92.95,
+# The published logs of rows 4 and 5 are swapped against the table; their minutes stand with their accuracies.
+PUBLISHED_SPLIT = (
+    Experiment(1, "124M GPT-2 Baseline", "`openai-community/gpt2`, 124.4M", 91.88, 9.48,
+               "python train_gpt.py --trainable_layers all --num_epochs 1", "gpt2-small-124M-all"),
+    Experiment(2, "340M BERT", "`google-bert/bert-base-uncased`, 109.5M", 90.89, 7.65,
+               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model bert", "bert-all"),
+    Experiment(3, "66M DistilBERT", "`distilbert/distilbert-base-uncased`, 67.0M", 91.40, 4.26,
+               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model distilbert", "distilbert-all"),
+    Experiment(4, "355M RoBERTa", "`FacebookAI/roberta-large`, 355.4M", 92.95, 7.20,
                "python train_bert_hf.py --trainable_layers last_block --num_epochs 1 --model roberta",
-               "roberta-last_block-seed123"),
-    Experiment(5, "304M DeBERTa-v3", "`microsoft/deberta-v3-base`, 184.4M", 94.69,
+               "roberta-last_block"),
+    Experiment(5, "304M DeBERTa-v3", "`microsoft/deberta-v3-base`, 184.4M", 94.69, 11.22,
                "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model deberta-v3-base",
-               "deberta-v3-base-all-seed123"),
-    Experiment(6, "149M ModernBERT Base", "`answerdotai/ModernBERT-base`, 149.6M", 93.79,
+               "deberta-v3-base-all"),
+    Experiment(6, "149M ModernBERT Base", "`answerdotai/ModernBERT-base`, 149.6M", 93.79, 10.27,
                "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model modernbert-base",
-               "modernbert-base-all-seed123"),
-    Experiment(7, "395M ModernBERT Large", "`answerdotai/ModernBERT-large`, 395.8M", 95.07,
+               "modernbert-base-all"),
+    Experiment(7, "395M ModernBERT Large", "`answerdotai/ModernBERT-large`, 395.8M", 95.07, 27.69,
                "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model modernbert-large",
-               "modernbert-large-all-seed123"),
-    Experiment(8, "Logistic Regression Baseline", "scikit-learn, bag of words", 88.85,
-               "python train_sklearn_logreg.py", "logreg-counts-seed123"),
-    Experiment(9, "N-gram Logistic Regression", "scikit-learn, 1- to 3-grams weighted by naive Bayes", None,
-               "python train_sklearn_logreg.py --features nb-ngrams", "logreg-nb-ngrams-seed123"),
+               "modernbert-large-all"),
+    Experiment(8, "Logistic Regression Baseline", "scikit-learn, bag of words", 88.85, None,
+               "python train_sklearn_logreg.py", "logreg-counts"),
+    Experiment(9, "N-gram Logistic Regression", "scikit-learn, 1- to 3-grams weighted by naive Bayes", None, None,
+               "python train_sklearn_logreg.py --features nb-ngrams", "logreg-nb-ngrams"),
+    Experiment(10, "22.7M MiniLM", "the folder `all-MiniLM-L6-v2`, 22.7M", None, None,
+               "python train_bert_hf.py --model all-MiniLM-L6-v2 --learning_rate 5e-5 --eval_freq 250",
+               "all-MiniLM-L6-v2-all-learning_rate_5e-05"),
+    Experiment(11, "124M GPT-2, Muon", "`openai-community/gpt2`, 124.4M", 92.40, None,
+               "python train_gpt.py --trainable_layers all --num_epochs 1 --optimizer muon",
+               "gpt2-small-124M-all-optimizer_muon"),
+    Experiment(12, "124M GPT-2, last real token", "`openai-community/gpt2`, 124.4M", None, None,
+               "python train_gpt.py --trainable_layers all --num_epochs 1 --trainable_token_pos flexible",
+               "gpt2-small-124M-all-trainable_token_pos_flexible"),
+    Experiment(13, "149M ModernBERT Base, 1,024 tokens", "`answerdotai/ModernBERT-base`, 149.6M", None, None,
+               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model modernbert-base "
+               "--context_length 1024", "modernbert-base-all-context_length_1024"),
 )
+EXPERIMENTS = PUBLISHED_SPLIT + tuple(
+    row._replace(number=14, title=f"{row.title}, official split", published=None, data_dir="official")
+    for row in PUBLISHED_SPLIT if row.number in (8, 9, 10))
 
 
 def main(argv=None):
-    parse_args(argv)
-    folder = Path(__file__).parent
-    update(folder / "README.md", results_table(folder / "results"))
+    args = parse_args(argv)
+    if args.table:
+        write_pages(ROOT)
+    elif args.compare:
+        print_comparison(*map(Path, args.compare))
+    else:
+        run_rows([row for row in EXPERIMENTS if not args.rows or row.number in args.rows], args.seeds)
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Write the README's results table from the records under results/.")
-    parser.add_argument("--table", action="store_true", required=True, help="write the table in README.md anew")
-    return parser.parse_args(argv)
+    parser = ArgumentParser(description="Run the experiments, compare runs, write the READMEs' tables and pictures.")
+    numbers = sorted({row.number for row in EXPERIMENTS})
+    parser.add_argument("rows", nargs="*", type=int, metavar="ROW",
+                        help=f"rows to run, {numbers[0]} to {numbers[-1]}; what is recorded already for the same "
+                             "command, data and versions is not run again (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[SEED], metavar="SEED",
+                        help="run each row once with each of these")
+    parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"),
+                        help="compare two runs' folders, review by review")
+    parser.add_argument("--table", action="store_true", help="write the tables and pictures anew from results/")
+    args = parser.parse_args(argv)
+    if unknown := set(args.rows) - set(numbers):
+        parser.error(f"there is no row {min(unknown)}; the rows are {numbers[0]} to {numbers[-1]}")
+    if bool(args.rows) + bool(args.compare) + args.table > 1:
+        parser.error("choose one: rows to run, --compare or --table")
+    return args
 
 
-def results_table(results):
-    """The Markdown table of all experiments, measured values from the records in the folder `results`."""
-    lines = ["| # | model | what the command loads | published | measured here (95% interval) | on, in |",
-             "|---|---|---|---|---|---|"]
-    for row in EXPERIMENTS:
-        measured = measured_cells(results, row)
-        published = f"{row.published:.2f}%" if row.published else "(own row)"
-        lines.append(f"| {row.number} | {row.title} | {row.loads} | {published} | {measured} |")
+def command_line(row, seed):
+    """What to type for a row, as a run with this seed records it."""
+    other_seed = f" --seed {seed}" if seed != SEED else ""
+    other_data = f" --data_dir {row.data_dir} --output_dir {run_folder(row, seed)}" if row.data_dir != "." else ""
+    return row.command + other_seed + other_data
+
+
+def run_folder(row, seed):
+    """A run's folder, relative to the project's."""
+    return Path("results", row.data_dir, f"{row.name}-seed{seed}").as_posix()
+
+
+def run_rows(rows, seeds):
+    """Run what is not recorded yet, going on after a failure, and print a summary; exits with 1 if any run failed."""
+    failed = []
+    for row, seed in [(row, seed) for row in rows for seed in seeds]:
+        command = command_line(row, seed)
+        if is_recorded(row, seed):
+            note(f"Row {row.number}: recorded already in {run_folder(row, seed)}")
+            continue
+        note(f"Row {row.number}: {command}")
+        script, *arguments = shlex.split(command)[1:]
+        # A run that was interrupted left a checkpoint to go on from.
+        resume = ["--resume"] if any((ROOT / run_folder(row, seed)).glob("checkpoint*")) else []
+        if subprocess.run([sys.executable, script, *arguments, *resume], cwd=ROOT).returncode:
+            failed.append(command)
+    print(summary(rows, seeds))
+    if failed:
+        print("\nFailed:", *failed, sep="\n  ")
+        sys.exit(1)
+
+
+def is_recorded(row, seed):
+    """Whether there is a record of this row for the same command, data and versions; UserError if it is broken."""
+    folder, paths = ROOT / run_folder(row, seed), csv_paths(ROOT / row.data_dir)
+    if not (folder / RECORD).exists() or not all(path.is_file() for path in paths):
+        return False
+    record = read_record(folder)
+    return (record["command"].removesuffix(" --resume") == command_line(row, seed)
+            and record["versions"] == versions() and record["data"] == {path.name: sha256(path) for path in paths})
+
+
+def summary(rows, seeds):
+    """A line for each row: its test accuracy, over several seeds their mean and standard deviation."""
+    lines = []
+    for row in rows:
+        folders = [ROOT / run_folder(row, seed) for seed in seeds]
+        accuracies = [100 * read_record(folder)["accuracy"]["test"] for folder in folders if (folder / RECORD).exists()]
+        result = f"{statistics.fmean(accuracies):.2f}%" if accuracies else "no record"
+        if len(accuracies) > 1:
+            result += f" (sd {statistics.stdev(accuracies):.2f}, {len(accuracies)} seeds)"
+        lines.append(f"{row.number:>3}  {row.title:<45} {result}")
     return "\n".join(lines)
 
 
-def measured_cells(results, row):
-    """The cells of a row that come from its record."""
-    folder = results / row.name
-    if not folder.exists():
-        return "not measured yet | "
-    record = read_record(folder)
-    if record["reviews"] != REVIEWS:
-        raise UserError(f"{folder / RECORD} is not of the published split: it has {record['reviews']} reviews")
-    low, high = record["test_interval_95"]
-    minutes = sum(record["seconds"].values()) / 60
-    return (f"[{record['accuracy']['test']:.2%}]({folder.parent.name}/{row.name}/{RECORD}) ({low:.2%} to {high:.2%}) "
-            f"| {record['hardware']}, {minutes:.1f} min")
+def print_comparison(folder_a, folder_b):
+    """Print how two runs differ, and the reviews on which they disagree, longest first."""
+    lines, disagreements = comparison(folder_a, folder_b)
+    print(*lines, sep="\n")
+    record = read_record(folder_a)
+    path = Path(record["arguments"]["data_dir"], "test.csv")
+    if not path.is_file() or sha256(path) != record["data"]["test.csv"]:
+        raise UserError(f"the {len(disagreements):,} reviews on which they disagree cannot be shown: "
+                        f"{path} is not the file the runs were tested on")
+    texts = read_reviews(path)["text"].loc[disagreements.index]
+    print("\nrow\tlabel\tA\tB\tcharacters\treview")
+    for row in texts.str.len().sort_values(ascending=False, kind="stable").index:
+        review = disagreements.loc[row]
+        print(row, int(review["label"]), f"{review['probability_a']:.3f}", f"{review['probability_b']:.3f}",
+              len(texts[row]), " ".join(texts[row].split())[:100], sep="\t")
 
 
-def update(page, table):
-    """Replace what stands between the markers of a page; raises UserError where it has no markers."""
-    text = page.read_text(encoding="utf-8")
-    start, end = MARKERS
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise UserError(f"{page} must have the lines {start} and {end} once each")
-    before, rest = text.split(start)
-    after = rest.split(end)[1]
-    with written_whole(page) as (temporary,):
-        temporary.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
+def write_pages(root):
+    """Write the sections of both READMEs and the pictures from the records."""
+    results = root / "results"
+    for page, language in PAGES.items():
+        update(root / page, sections(results, language))
+    for row in EXPERIMENTS:
+        for record in recorded(row, results):
+            draw_run((root / record).parent)
+    draw_rows(*points(results), root / PICTURE)
+
+
+def sections(results, language):
+    """What stands between the markers of a page: {name: Markdown}."""
+    found = {row.number: [results.parent / path for path in recorded(row, results)] for row in PUBLISHED_SPLIT}
+    return {"results": results_table(EXPERIMENTS, results, language),
+            "resolution": resolution(EXPERIMENTS, worse=4, better=6, language=language),
+            "splits": splits_table(EXPERIMENTS, results, language),
+            "comparison": "\n".join(["```", *comparison(found[8][0].parent, found[9][0].parent)[0], "```"])
+            if found[8] and found[9] else ""}
+
+
+def points(results):
+    """The points of the picture and a line on the rows that have none."""
+    drawn, missing = [], []
+    for row in PUBLISHED_SPLIT:
+        records = recorded(row, results).values()
+        for record in records:
+            drawn.append((f"{row.number} {row.title}", record["seconds"]["training"] / 60, record["accuracy"]["test"],
+                          record["test_interval_95"]))
+        if row.published and row.minutes:
+            drawn.append((f"{row.number} {row.title}", row.minutes, row.published / 100, None))
+        elif not records:
+            missing.append(str(row.number))
+    return drawn, f"not measured yet, and no published time: rows {', '.join(missing)}" if missing else ""
 
 
 if __name__ == "__main__":

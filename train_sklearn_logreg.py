@@ -18,6 +18,7 @@ from finetuning import records
 from finetuning.cli import ArgumentParser, add_run_arguments, note, run
 from finetuning.machine import cpu_name, process_peak_memory, usable_cpus
 from finetuning.ngrams import NaiveBayesNgrams
+from finetuning.plots import draw_run
 from finetuning.reviews import copies_in_training_set, load_dataframes
 
 
@@ -74,6 +75,7 @@ def main(argv=None):
                                "evaluation": sum(counts.values()) / seconds["evaluation"]},
         "peak_memory": process_peak_memory(),
     }, copies, test["label"], model.predict_proba(sets[2][0])[:, 1])
+    draw_run(folder)
     note(f"Record: {folder / records.RECORD}")
 
 

@@ -13,6 +13,7 @@ from finetuning.features import freeze_features, is_fixed
 from finetuning.layers import count_parameters
 from finetuning.loop import Classifier, Progress, accuracy, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
+from finetuning.plots import draw_run
 from finetuning.reviews import copies_in_training_set
 from finetuning.runtime import hardware, peak_memory, select_device, select_precision, synchronize
 
@@ -68,6 +69,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
         "peak_memory": peak_memory(classifier.device),
     }, copies, test.labels, logits["test"].double().softmax(dim=-1)[:, 1].numpy())
     writer.remove()
+    draw_run(folder)
     note(f"Record: {folder / records.RECORD}")
 
 

@@ -1,5 +1,7 @@
 """What a run leaves behind: `record.json` and `test_predictions.csv` in the run's folder.
 
+A picture, `curves.svg`, is drawn from the two by `finetuning.plots`.
+
 `record.json` is one JSON object with these keys:
 
     name                the run's name, such as "bert-all-seed123"
@@ -17,10 +19,8 @@
     epochs              [{"step", "train_accuracy", "validation_accuracy"}, ...] on `eval_iter` batches
     accuracy            {"train", "validation", "test"}: correct reviews / reviews, on the full sets
     test_interval_95    [low, high]: Wilson interval of the test accuracy
-    calibration         {"log_loss", "expected_calibration_error"} of the test probabilities: the mean
-                        of -log(probability of the right label), in nats; and, over CALIBRATION_BINS
-                        bins of confidence, the mean distance between confidence and accuracy
-                        (Guo et al., 2017), from 0 to 1
+    calibration         {"log_loss", "expected_calibration_error"} of the test probabilities, as
+                        `finetuning.uncertainty.calibration` defines them
     copies              {"reviews", "accuracy_without"}: how many test reviews stand in the training
                         set word for word, and the test accuracy without them
     reviews             {"train", "validation", "test"}: how many each set holds
@@ -33,10 +33,10 @@
 """
 
 import json
-import math
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import pandas as pd
@@ -44,14 +44,23 @@ import pandas as pd
 from finetuning.errors import UserError
 from finetuning.files import sha256, written_whole
 from finetuning.machine import git_commit, versions
-from finetuning.reviews import csv_paths
+from finetuning.reviews import SPLITS, csv_paths
+from finetuning.uncertainty import answers, calibration, wilson_interval
 
 RECORD, PREDICTIONS = "record.json", "test_predictions.csv"
-KEYS = {"name", "command", "arguments", "finished", "hardware", "precision", "versions", "git_commit", "data",
-        "parameters", "losses", "curve", "epochs", "accuracy", "test_interval_95", "calibration", "copies", "reviews",
-        "seconds", "reviews_per_second", "peak_memory"}
-CALIBRATION_BINS = 15
-LEAST_PROBABILITY = 1e-6  # of the right label, as the log loss counts it: no answer costs more than 14 nats
+NUMBER = (int, float)
+SPLIT_SHARES, COUNTS = dict.fromkeys(SPLITS, NUMBER), dict.fromkeys(SPLITS, int)
+# What each value must be: a type, several to choose from, or a dictionary of keys that must be there.
+SCHEMA = {
+    "name": str, "command": str, "arguments": dict, "finished": str, "hardware": str, "precision": (dict, NoneType),
+    "versions": dict, "git_commit": (str, NoneType), "data": {f"{split}.csv": str for split in SPLITS},
+    "parameters": {"all": int, "trainable": int}, "losses": list, "curve": list, "epochs": list,
+    "accuracy": SPLIT_SHARES, "test_interval_95": list,
+    "calibration": {"log_loss": NUMBER, "expected_calibration_error": NUMBER},
+    "copies": {"reviews": int, "accuracy_without": (*NUMBER, NoneType)}, "reviews": COUNTS,
+    "seconds": {"training": NUMBER, "evaluation": NUMBER},
+    "reviews_per_second": {"training": NUMBER, "evaluation": NUMBER}, "peak_memory": (int, NoneType),
+}
 
 
 def run_folder(args, name):
@@ -76,35 +85,6 @@ def facts(args):
             "data": {path.name: sha256(path) for path in csv_paths(args.data_dir)}}
 
 
-def wilson_interval(correct, total, z=1.959964):
-    """The 95% confidence interval of a proportion (Wilson, 1927), as (low, high)."""
-    p = correct / total
-    center = p + z * z / (2 * total)
-    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return (center - spread) / scale, (center + spread) / scale
-
-
-def calibration(labels, probabilities):
-    """How far the probabilities of a positive review can be believed: the record's `calibration`.
-
-    Both arguments are arrays with one entry for each review.
-    """
-    of_label = np.where(labels == 1, probabilities, 1 - probabilities)
-    log_loss = -np.log(of_label.clip(LEAST_PROBABILITY)).mean()
-    confidence = np.maximum(probabilities, 1 - probabilities)
-    right = answers(probabilities) == labels
-    # Confidence in one of two answers is at least 1/2: bins of equal width from there to 1.
-    bins = np.minimum((confidence - 0.5) * 2 * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
-    distances = [abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(CALIBRATION_BINS)]
-    return {"log_loss": float(log_loss), "expected_calibration_error": float(sum(distances) / len(labels))}
-
-
-def answers(probabilities):
-    """The labels that probabilities of a positive review stand for."""
-    return (probabilities > 0.5).astype(int)
-
-
 def write_record(folder, record, copies, labels, probabilities):
     """Write both files.
 
@@ -117,8 +97,8 @@ def write_record(folder, record, copies, labels, probabilities):
               "test_interval_95": wilson_interval(right.sum(), len(right)),
               "calibration": calibration(labels, probabilities),
               "copies": {"reviews": int((~new).sum()), "accuracy_without": right[new].mean() if new.any() else None}}
-    if record.keys() != KEYS:
-        raise ValueError(f"the record's keys differ from the schema in {sorted(record.keys() ^ KEYS)}")
+    if record.keys() != SCHEMA.keys():
+        raise ValueError(f"the record's keys differ from the schema in {sorted(record.keys() ^ SCHEMA.keys())}")
     predictions = pd.DataFrame({"label": labels, "probability": probabilities})
     folder = Path(folder)
     with written_whole(folder / RECORD, folder / PREDICTIONS) as (record_file, predictions_file):
@@ -133,13 +113,34 @@ def to_json(record):
 
 
 def read_record(folder):
-    """The record in a run's folder; raises UserError where it is missing, damaged or lacks a key."""
+    """The record in a run's folder; raises UserError where it is missing, damaged or does not fit the schema."""
     path = Path(folder) / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        lacking = KEYS - record.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a run's record: {error}") from error
-    if lacking:
-        raise UserError(f"{path} is not a whole record: it lacks {', '.join(sorted(lacking))}")
+    if wrong := misfits(record, SCHEMA):
+        raise UserError(f"{path} is not a whole record: {', '.join(wrong)} missing or of the wrong kind")
     return record
+
+
+def misfits(value, schema, name="it"):
+    """The names of what in `value` is missing or not as `schema` says."""
+    if not isinstance(schema, dict):
+        return [] if isinstance(value, schema) else [name]
+    if not isinstance(value, dict):
+        return [name]
+    return [wrong for key, part in schema.items() for wrong in misfits(value.get(key, ...), part, key)]
+
+
+def read_predictions(folder, record):
+    """The data frame of a run's test predictions; raises UserError where they are not those of its record."""
+    path = Path(folder) / PREDICTIONS
+    try:
+        predictions = pd.read_csv(path, index_col="row", dtype={"label": int, "probability": float})
+        right = answers(predictions["probability"]) == predictions["label"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} does not hold a run's test predictions: {error}") from error
+    if len(right) != record["reviews"]["test"] or abs(right.mean() - record["accuracy"]["test"]) > 1e-9:
+        raise UserError(f"{path} does not belong to the record beside it: {right.sum():,} of {len(right):,} right")
+    return predictions

@@ -32,6 +32,8 @@ from transformers import (  # noqa: E402
 
 import train_gpt  # noqa: E402
 from finetuning import cli  # noqa: E402
+from finetuning.records import write_record  # noqa: E402
+from finetuning.reviews import SPLITS  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 HUB_CACHE = Path(_home.name) / "hub"
@@ -108,6 +110,29 @@ def save_encoder(folder, config, dtype=torch.float32, kind=transformers.AutoMode
     torch.manual_seed(0)
     kind.from_config(copy.deepcopy(config)).to(dtype).save_pretrained(folder)  # it writes the dtype to the config
     tiny_tokenizer(config.pad_token_id).save_pretrained(folder)
+
+
+def example_record(**changes):
+    """A record of a run that never was, but for what `write_record` adds; `changes` replace values."""
+    shares, seconds = dict.fromkeys(SPLITS, 0.75), {"training": 60.0, "evaluation": 30.0}
+    return {
+        "name": "example-seed123", "command": "python example.py", "arguments": {"data_dir": "."},
+        "hardware": "a CPU", "precision": None, "versions": {}, "git_commit": None,
+        "data": {f"{split}.csv": split for split in SPLITS}, "parameters": {"all": 2, "trainable": 2},
+        "losses": [0.9, 0.8, 0.7, 0.6], "curve": [{"step": 0, "train_loss": 0.9, "validation_loss": 0.95},
+                                                  {"step": 2, "train_loss": 0.7, "validation_loss": 0.8}],
+        "epochs": [], "accuracy": shares, "reviews": dict.fromkeys(SPLITS, 4), "seconds": seconds,
+        "reviews_per_second": seconds, "peak_memory": None, **changes}
+
+
+def write_example(folder, probabilities=(0.9, 0.25, 1 / 3, 0.1), labels=(1, 0, 1, 0), **changes):
+    """Write a record as a run leaves it, with the accuracy that its test predictions give."""
+    right = [(probability > 0.5) == label for probability, label in zip(probabilities, labels, strict=True)]
+    accuracy = dict.fromkeys(SPLITS, sum(right) / len(right))
+    counts = dict.fromkeys(SPLITS, len(right))
+    copies = [True, *[False] * (len(right) - 1)]
+    write_record(folder, example_record(**{"accuracy": accuracy, "reviews": counts, **changes}),
+                 copies, labels, probabilities)
 
 
 @pytest.fixture

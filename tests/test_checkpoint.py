@@ -7,6 +7,7 @@ from conftest import TINY_CONFIGS, save_encoder
 import train_bert_hf
 from finetuning import checkpoint, records
 from finetuning.errors import UserError
+from finetuning.plots import CURVES
 
 
 class Killed(Exception):
@@ -50,7 +51,7 @@ def test_an_interrupted_run_ends_in_the_same_numbers(command, tmp_path, monkeypa
         assert whole[key] == cut[key]
     predictions = [(tmp_path / run / records.PREDICTIONS).read_bytes() for run in ("whole", "cut")]
     assert predictions[0] == predictions[1]
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [records.RECORD, records.PREDICTIONS]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [CURVES, records.RECORD, records.PREDICTIONS]
 
 
 @pytest.fixture

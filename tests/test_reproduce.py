@@ -1,0 +1,205 @@
+import shutil
+
+import pandas as pd
+import pytest
+from conftest import REPOSITORY, write_example
+
+import reproduce
+from finetuning import report
+from finetuning.errors import UserError
+from finetuning.records import RECORD, read_record
+from reproduce import Experiment
+
+ROW = Experiment(8, "Counts", "scikit-learn", 88.85, None, "python train_sklearn_logreg.py", "logreg-counts")
+OFFICIAL = ROW._replace(number=14, published=None, data_dir="official")
+
+
+@pytest.fixture
+def root(data_dir, monkeypatch):
+    """A project folder with small data, the real scikit-learn script, and two rows, the first of which fails."""
+    (data_dir / "train_sklearn_logreg.py").symlink_to(REPOSITORY / "train_sklearn_logreg.py")
+    monkeypatch.setattr(reproduce, "ROOT", data_dir)
+    failing = ROW._replace(number=7, title="Fails", command="python train_sklearn_logreg.py --data_dir nowhere")
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", (failing, ROW))
+    return data_dir
+
+
+def test_rows_run_once_and_a_failure_does_not_stop_the_others(root, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main([])
+    assert stopped.value.code == 1
+    out, err = capfd.readouterr()
+    record = read_record(root / "results" / "logreg-counts-seed123")
+    assert f"8  Counts{'':<39} {record['accuracy']['test']:.2%}" in out
+    assert out.endswith("Failed:\n  python train_sklearn_logreg.py --data_dir nowhere\n")
+    assert "cannot find nowhere/train.csv" in err
+
+    reproduce.main(["8"])  # no exit: nothing failed
+    out, err = capfd.readouterr()
+    assert "recorded already in results/logreg-counts-seed123" in err
+    assert "Logistic regression classifier:" not in out
+
+
+def test_other_data_is_another_experiment(root, capfd):
+    reproduce.main(["8"])
+    first = read_record(root / "results" / "logreg-counts-seed123")
+    pd.read_csv(root / "train.csv").iloc[:-1].to_csv(root / "train.csv", index=False)
+    reproduce.main(["8"])
+    assert read_record(root / "results" / "logreg-counts-seed123")["data"] != first["data"]
+
+
+def test_several_seeds_give_mean_and_spread(root, capfd, monkeypatch):
+    for seed, right in [(1, 4), (2, 3)]:
+        probabilities = [0.9, 0.1, 0.9, 0.1 if right == 4 else 0.9]
+        write_example(root / "results" / f"logreg-counts-seed{seed}", probabilities)
+    monkeypatch.setattr(reproduce, "is_recorded", lambda row, seed: True)
+    reproduce.main(["8", "--seeds", "1", "2"])
+    # 100% and 75%: mean 87.5, standard deviation 25 / sqrt(2)
+    assert capfd.readouterr().out.strip().endswith("87.50% (sd 17.68, 2 seeds)")
+
+
+def test_a_broken_record_stops_with_its_name(root):
+    folder = root / "results" / "logreg-counts-seed123"
+    folder.mkdir(parents=True)
+    (folder / RECORD).write_text("{}")
+    with pytest.raises(UserError, match="logreg-counts-seed123"):
+        reproduce.main(["8"])
+
+
+def test_the_command_of_another_seed_and_another_split():
+    assert reproduce.command_line(ROW, 123) == "python train_sklearn_logreg.py"
+    assert reproduce.command_line(ROW, 7) == "python train_sklearn_logreg.py --seed 7"
+    assert reproduce.command_line(OFFICIAL, 7) == (
+        "python train_sklearn_logreg.py --seed 7 --data_dir official --output_dir results/official/logreg-counts-seed7")
+
+
+@pytest.mark.parametrize("arguments", [["99"], ["8", "--table"], ["--table", "--compare", "a", "b"], ["--seeds", "x"]])
+def test_arguments_that_make_no_sense(arguments, failing):
+    assert failing(lambda: reproduce.main(arguments))
+
+
+@pytest.fixture
+def two_runs(root):
+    """Runs on the four reviews "a", "bbb", "cc" and "dddd": A errs on the third, B on the second and fourth."""
+    pd.DataFrame({"text": ["a", "bbb", "cc", "dddd"], "label": [1, 0, 1, 0]}).to_csv(root / "test.csv", index=False)
+    shared = {"arguments": {"data_dir": str(root)},
+              "data": {**dict.fromkeys(["train.csv", "validation.csv"], ""),
+                       "test.csv": reproduce.sha256(root / "test.csv")}}
+    write_example(root / "run_a", (0.9, 0.25, 0.4, 0.1), name="A-run", **shared)
+    write_example(root / "run_b", (0.9, 0.75, 0.6, 0.8), name="B-run", **shared)
+    return str(root / "run_a"), str(root / "run_b")
+
+
+def test_a_comparison_lists_the_disagreements_longest_first(two_runs, capsys):
+    reproduce.main(["--compare", *two_runs])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "A: A-run  75.00% of 4 test reviews"
+    assert lines[2] == "both right 1, only A 2, only B 1, neither 0"
+    assert lines[3].startswith("B - A: -25.00 points")
+    assert lines[4] == "equally good? p = 1 (exact McNemar test)"
+    assert lines[-3:] == ["3\t0\t0.100\t0.800\t4\tdddd", "1\t0\t0.250\t0.750\t3\tbbb", "2\t1\t0.400\t0.600\t2\tcc"]
+
+
+def test_without_the_reviews_the_numbers_still_come(two_runs, root, failing, capsys):
+    (root / "test.csv").unlink()
+    with pytest.raises(UserError, match=r"the 3 reviews on which they disagree cannot be shown"):
+        reproduce.main(["--compare", *two_runs])
+    assert "only A 2, only B 1" in capsys.readouterr().out
+
+
+def test_runs_on_other_reviews_are_not_compared(two_runs, tmp_path):
+    write_example(tmp_path / "other")
+    with pytest.raises(UserError, match="tested on different reviews"):
+        reproduce.main(["--compare", two_runs[0], str(tmp_path / "other")])
+
+
+def table_record(folder, accuracy, data_dir=".", **changes):
+    """A record with this test accuracy, of the right size; the predictions beside it are not looked at."""
+    write_example(folder, reviews=report.REVIEWS[data_dir], accuracy=dict.fromkeys(["train", "validation", "test"],
+                                                                                   accuracy), **changes)
+
+
+def test_a_row_of_one_record(tmp_path):
+    table_record(tmp_path / "results" / "logreg-counts-seed123", 0.9)
+    line = report.results_table([ROW], tmp_path / "results").splitlines()[-1]
+    # Wilson: 0.9 of 10,000 is 89.40% to 90.57%; 60 + 30 seconds are 1.5 minutes.
+    assert line == ("| 8 | Counts | scikit-learn | 88.85% | [90.00%](results/logreg-counts-seed123/record.json) "
+                    "(89.40% to 90.57%) | 1 | a CPU | 1.5 |")
+
+
+def test_a_row_of_three_seeds(tmp_path):
+    for seed, accuracy in enumerate([0.89, 0.9, 0.91]):
+        table_record(tmp_path / "results" / f"logreg-counts-seed{seed}", accuracy)
+    line = report.results_table([ROW], tmp_path / "results").splitlines()[-1]
+    assert "[90.00%](results/logreg-counts-seed0/record.json) [+](results/logreg-counts-seed1/record.json)" in line
+    assert "| 3, sd 1.00 |" in line
+
+
+def test_a_missing_record_shows(tmp_path):
+    assert report.results_table([ROW], tmp_path).endswith("| 88.85% | not measured yet |  |  |  |")
+    assert report.results_table([OFFICIAL], tmp_path, "ja").endswith("| (独自の行) | 未計測 |  |  |  |")
+
+
+def test_a_record_of_other_data_is_not_shown_as_a_row(tmp_path):
+    write_example(tmp_path / "results" / "logreg-counts-seed123")
+    with pytest.raises(UserError, match="not of the split it stands for"):
+        report.results_table([ROW], tmp_path / "results")
+
+
+def test_both_splits_side_by_side(tmp_path):
+    table_record(tmp_path / "results" / "logreg-counts-seed123", 0.9)
+    table_record(tmp_path / "results" / "official" / "logreg-counts-seed123", 0.8, "official")
+    line = report.splits_table([ROW, OFFICIAL], tmp_path / "results").splitlines()[-1]
+    # 2 of the 3 reviews that are no copies are right; 0.8 of 25,000 is 79.50% to 80.49%.
+    assert line.startswith("| 8 | Counts | [90.00%](results/logreg-counts-seed123/record.json) | 66.67% | [80.00%]")
+    assert "(79.50% to 80.49%)" in line
+
+
+def test_what_ten_thousand_reviews_resolve():
+    text = report.resolution(reproduce.EXPERIMENTS, worse=4, better=6)
+    # Two shares of 10,000, 0.9295 and 0.9379: sqrt((0.065530 + 0.058244) / 10,000) = 0.0035182; times 1.96: 0.69;
+    # 0.0084 / 0.0035182 = 2.3876 standard errors, two-sided p = 0.0170
+    assert "lie 0.7 points apart" in text
+    assert "0.84 points" in text
+    assert "p = 0.017" in text
+
+
+def test_only_what_is_between_the_markers_is_replaced(tmp_path):
+    page = tmp_path / "README.md"
+    start, end = report.markers("results")
+    page.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    report.update(page, {"results": "new"})
+    assert page.read_text() == f"before\n{start}\nnew\n{end}\nafter\n"
+    with pytest.raises(UserError, match="must have the lines"):
+        report.update(page, {"results": "newer", "splits": "none"})
+    assert page.read_text() == f"before\n{start}\nnew\n{end}\nafter\n"
+
+
+@pytest.fixture
+def copy_of_the_project(tmp_path):
+    """The pages and the records, to be changed."""
+    for page in reproduce.PAGES:
+        shutil.copy(REPOSITORY / page, tmp_path)
+    shutil.copytree(REPOSITORY / "results", tmp_path / "results")
+    return tmp_path
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_pages_and_pictures_are_those_of_the_records(copy_of_the_project):
+    before = snapshot(copy_of_the_project)
+    reproduce.write_pages(copy_of_the_project)
+    after = snapshot(copy_of_the_project)
+    assert [path.as_posix() for path in before.keys() | after.keys() if before.get(path) != after.get(path)] == []
+
+
+def test_a_deleted_record_shows(copy_of_the_project):
+    shutil.rmtree(copy_of_the_project / "results" / "logreg-counts-seed123")
+    before = snapshot(copy_of_the_project)
+    reproduce.write_pages(copy_of_the_project)
+    after = snapshot(copy_of_the_project)
+    changed = {path.as_posix() for path in before if before[path] != after[path]}
+    assert changed == {"README.md", "README.ja.md", "results/accuracy_against_time.svg"}
+    assert "88.85% | not measured yet" in (copy_of_the_project / "README.md").read_text(encoding="utf-8")
