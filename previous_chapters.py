@@ -148,13 +148,19 @@ class GPTModel(nn.Module):
 
         With `lengths`, a list, `in_idx` (1, tokens) holds texts of these lengths behind one another,
         so that nothing is spent on padding; `positions` (1, texts) are then their last tokens.
+
+        In place of token ids, `in_idx` may be what `before_last_block` returned for them.
         """
+        x = in_idx if in_idx.is_floating_point() else self.before_last_block(in_idx, lengths)
+        return self.out_head(self.final_norm(self.trf_blocks[-1](x, positions, lengths)))
+
+    def before_last_block(self, in_idx, lengths=None):
+        """Token ids (batch, tokens) -> what the last block reads, (batch, tokens, emb_dim)."""
         places = torch.cat([torch.arange(n, device=in_idx.device) for n in lengths or in_idx.shape[1:]])
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(places))
-        *blocks, last_block = self.trf_blocks
-        for block in blocks:
+        for block in self.trf_blocks[:-1]:
             x = block(x, lengths=lengths)
-        return self.out_head(self.final_norm(last_block(x, positions, lengths)))
+        return x
 
 
 def load_weights_into_gpt(gpt, params):

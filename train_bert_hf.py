@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from finetuning.batches import IMDbDataset
+from finetuning.batches import IMDbDataset, few_lengths
 from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, note, run
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
@@ -69,8 +69,8 @@ def build(args):
     sets, length = load_tokens(args.data_dir, wrap(tokenizer), args.context_length, longest_input(model, tokenizer))
     masked = args.use_attention_mask == "true"
     # Under a mask, padding to the batch's longest review is the same computation as padding to the full length.
-    datasets = [IMDbDataset(tokens, tokenizer.pad_token_id, pad_to=None if masked else length,
-                            use_attention_mask=masked) for tokens in sets]
+    pad_to = length if not masked else few_lengths(length) if args.compile else None
+    datasets = [IMDbDataset(tokens, tokenizer.pad_token_id, pad_to, use_attention_mask=masked) for tokens in sets]
     return model, layers.head, read_logits, *datasets
 
 

@@ -10,12 +10,13 @@ import torch
 from requests import RequestException
 from torch import nn
 
-from finetuning.batches import IMDbDataset
+from finetuning.batches import IMDbDataset, few_lengths
 from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, run
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.layers import OutputLayers, set_trainable
 from finetuning.reviews import check_dataset
+from finetuning.runtime import is_compiled
 from finetuning.tokens import Tokenizer, load_tokens
 from gpt_download import download_and_load_gpt2
 from previous_chapters import GPTModel, load_weights_into_gpt
@@ -48,7 +49,8 @@ def build(args):
     # Causal attention never looks ahead, so padding only matters where the class is read from it.
     reads_padding = args.trainable_token_pos == "last" or (args.average_embeddings
                                                            and args.trainable_token_pos != "flexible")
-    datasets = [IMDbDataset(tokens, PAD_TOKEN_ID, pad_to=length if reads_padding else None) for tokens in sets]
+    pad_to = length if reads_padding else few_lengths(length) if args.compile else None
+    datasets = [IMDbDataset(tokens, PAD_TOKEN_ID, pad_to) for tokens in sets]
     reader = AVERAGES if args.average_embeddings else TOKEN_POSITIONS
     return model, layers.head, reader[args.trainable_token_pos], *datasets
 
@@ -121,9 +123,9 @@ def read_last(model, batch):
 
 def read_last_real(model, batch):
     """Logits at the last token of each review: (batch, classes)."""
-    if batch.input_ids.device.type != "cpu":
+    if batch.input_ids.device.type != "cpu" or is_compiled(model):
         return model(batch.input_ids, batch.lengths[:, None] - 1)[:, 0]
-    # A CPU gains by leaving out the padding; a GPU would rather have few large operations.
+    # A CPU gains by leaving out the padding; a GPU would rather have few large operations, a compiled model few shapes.
     real = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
     return model(batch.input_ids[real][None], batch.lengths.cumsum(0)[None] - 1, batch.lengths.tolist())[0]
 

@@ -1,14 +1,16 @@
 """The published protocol as a plain PyTorch loop, as most people would write it.
 
 Speed is measured against it, and the project's own loop is tested against it: attention scores
-materialised, every review padded to the full context, logits of all positions, unfused AdamW in
-float32, reviews taken one at a time from a data frame, batch 8 for training and evaluation. The
+materialised, GPT-2's layer norm and GELU by their formulas as the book writes them, every review
+padded to the full context, logits of all positions, unfused AdamW in float32, reviews taken one at
+a time from a data frame, batch 8 for training and evaluation. The
 data preparation and the scikit-learn baselines have their plain counterparts here, too.
 """
 
 import math
 import os
 import time
+from types import MethodType
 
 import pandas as pd
 import torch
@@ -17,6 +19,8 @@ from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader, Dataset
+
+from previous_chapters import GELU, LayerNorm, MultiHeadAttention
 
 
 class ReferenceDataset(Dataset):
@@ -38,14 +42,26 @@ class ReferenceDataset(Dataset):
                 torch.tensor(self.frame.iloc[index]["label"]))
 
 
-def materialize_attention(gpt):
-    """Let a GPTModel compute its attention scores as a matrix, mask them, and take the softmax."""
+def spell_out(gpt):
+    """Let a GPTModel compute attention, layer norm and GELU by their formulas, operation by operation."""
     def attend(queries, keys, values, positions=None):
         scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ values
-    for block in gpt.trf_blocks:
-        block.att.attend = attend
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def norm(self, x):
+        variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+        return self.scale * (x - mean) / torch.sqrt(variance + self.eps) + self.shift
+    for module in gpt.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.attend = attend
+        elif isinstance(module, LayerNorm):
+            module.forward = MethodType(norm, module)
+        elif isinstance(module, GELU):
+            module.forward = gelu
 
 
 def gpt_logits(position):

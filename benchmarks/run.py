@@ -29,13 +29,13 @@ import train_gpt
 import train_sklearn_logreg
 from benchmarks import reference
 from finetuning.cli import ArgumentParser, positive_int, run
-from finetuning.features import freeze_features, is_fixed
+from finetuning.features import compute_once
 from finetuning.files import written_whole
 from finetuning.loop import Classifier, predict, train_classifier_simple
 from finetuning.machine import process_peak_memory, versions
 from finetuning.optimizers import build_optimizer
 from finetuning.reviews import load_dataframes
-from finetuning.runtime import hardware, select_device, select_precision
+from finetuning.runtime import hardware, keep_freed_memory, select_device, select_precision
 
 STEPS, LOG_REVIEWS, FINAL_REVIEWS = 4_375, 88 * 2 * 160, 50_000  # of a published run
 GPT = ["--weights", "random", "--trainable_layers"]
@@ -147,10 +147,11 @@ def measure_project(args, script, settings):
     device = select_device(args.device)
     classifier = Classifier(model.to(device), read_logits, device, select_precision(args.precision, device)[0])
     sample = train.first(max(args.reviews, args.steps * settings.batch_size))
+    keep_freed_memory()
     seconds = {}
-    if settings.trainable_layers == "last_layer" and is_fixed(classifier, sample):
-        started = time.perf_counter()
-        classifier, (sample,) = freeze_features(classifier, head, sample)
+    started = time.perf_counter()
+    classifier, (sample,) = compute_once(settings, classifier, head, sample)
+    if classifier.model is head:
         seconds["once"] = (time.perf_counter() - started) / len(sample) * FINAL_REVIEWS
     optimizer = build_optimizer("adamw", classifier.model, head, settings.learning_rate)
     clock = []
@@ -170,7 +171,7 @@ def measure_reference(args, script, settings):
     tokenizer = tokenizer_of(script, settings)
     dataset = reference.ReferenceDataset(frame, tokenizer.encode, args.context_length, tokenizer.pad_token_id)
     if script is train_gpt:
-        reference.materialize_attention(model)
+        reference.spell_out(model)
         read_logits = reference.gpt_logits("last")
     else:
         model.set_attn_implementation("eager")

@@ -8,12 +8,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 POOL = 50  # batches among which reviews of similar length are looked for
+FEW = 4  # lengths to pad to where each new one costs a compilation
 
 
 class Batch(NamedTuple):
     """Reviews padded on the right to one length."""
 
-    input_ids: torch.Tensor  # (batch, tokens) int64
+    input_ids: torch.Tensor  # (batch, tokens) int64; or hidden states (batch, tokens, width) float32
     attention_mask: torch.Tensor | None  # (batch, tokens) int64, 1 on real tokens; None: attend to everything
     lengths: torch.Tensor  # (batch,) int64, real tokens of each review
     labels: torch.Tensor  # (batch,) int64
@@ -31,8 +32,9 @@ class IMDbDataset(Dataset):
     """Tokenized reviews with their labels, and how a batch of them is padded.
 
     `tokens` are the reviews as `finetuning.tokens.Tokens`. A batch is padded with `pad_token_id` to
-    `pad_to` tokens, or to its longest review where that is None. `use_attention_mask` says
-    whether the padding is masked; where a batch has none, it carries no mask.
+    `pad_to` tokens, or where these are several numbers to the least that will do, or where it is
+    None to its longest review. `use_attention_mask` says whether the padding is masked; where a
+    batch has none, it carries no mask.
     """
 
     def __init__(self, tokens, pad_token_id, pad_to=None, use_attention_mask=False):
@@ -41,6 +43,11 @@ class IMDbDataset(Dataset):
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to
         self.use_attention_mask = use_attention_mask
+
+    def padded(self, lengths):
+        """What batches whose longest reviews have these `lengths` are padded to."""
+        widths = np.atleast_1d(self.pad_to)
+        return lengths if self.pad_to is None else widths[np.searchsorted(widths, lengths)]
 
     def __len__(self):
         return len(self.labels)
@@ -61,7 +68,9 @@ class IMDbDataset(Dataset):
         """The reviews at `indices` as one padded Batch."""
         indices = np.asarray(indices)
         lengths = self.lengths[indices]
-        input_ids = np.full((len(indices), self.pad_to or lengths.max()), self.pad_token_id, dtype=np.int64)
+        dtype = np.int64 if self.token_ids.ndim == 1 else self.token_ids.dtype  # hidden states stay what they are
+        shape = len(indices), self.padded(lengths.max()), *self.token_ids.shape[1:]
+        input_ids = np.full(shape, self.pad_token_id, dtype)
         for row, index in enumerate(indices):
             start = self.starts[index]
             input_ids[row, :lengths[row]] = self.token_ids[start:start + lengths[row]]
@@ -95,8 +104,15 @@ def grouped_order(lengths, batch_size):
     return batches[torch.randperm(len(batches))]
 
 
+def few_lengths(longest):
+    """Lengths to pad to, FEW of them, the last `longest`."""
+    return tuple(-(-longest * part // FEW) for part in range(1, FEW + 1))
+
+
 def evaluation_order(lengths, tokens):
     """All reviews as arrays of indices, longest first, each array padding to at most `tokens` tokens.
+
+    `lengths` are what the reviews would be padded to.
 
     Evaluation does not depend on the order, and reviews of like length need little padding.
     """

@@ -95,12 +95,9 @@ class quick_dropout(TorchFunctionMode):  # noqa: N801, a context like torch.no_g
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not torch.compiler.is_compiling():
-            replace = REPLACED.get(function)
-            result = replace(*args, **kwargs) if replace else None
-            if result is not None:
-                return result
-        return function(*args, **kwargs)
+        replace = REPLACED.get(function)
+        result = replace(*args, **kwargs) if replace else None
+        return function(*args, **kwargs) if result is None else result
 
 
 def dropout(input, p=0.5, training=True, inplace=False):

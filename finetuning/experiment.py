@@ -9,13 +9,21 @@ from finetuning import records
 from finetuning.checkpoint import CheckpointWriter, load_checkpoint
 from finetuning.cli import note
 from finetuning.errors import UserError
-from finetuning.features import freeze_features, is_fixed
+from finetuning.features import compute_once
 from finetuning.layers import count_parameters
 from finetuning.loop import Classifier, Progress, accuracy, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
 from finetuning.plots import draw_run
 from finetuning.reviews import copies_in_training_set
-from finetuning.runtime import hardware, peak_memory, select_device, select_precision, synchronize
+from finetuning.runtime import (
+    compile_model,
+    hardware,
+    keep_freed_memory,
+    peak_memory,
+    select_device,
+    select_precision,
+    synchronize,
+)
 
 
 def run_experiment(args, name, model, head, read_logits, train, validation, test):
@@ -32,9 +40,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
     with memory_advice():
         classifier, setting = place(args, model, read_logits)
         started = time.perf_counter()
-        if args.trainable_layers == "last_layer" and is_fixed(classifier, train):
-            note("Nothing before the output layer learns or varies: computing what it reads, once")
-            classifier, (train, validation, test) = freeze_features(classifier, head, train, validation, test)
+        classifier, (train, validation, test) = compute_once(args, classifier, head, train, validation, test)
         torch.manual_seed(args.seed)
         optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
         progress = load_checkpoint(folder, classifier, optimizer, facts) if args.resume else Progress()
@@ -81,8 +87,10 @@ def place(args, model, read_logits):
     note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
          f"Parameters: {total:,}, of which {trainable:,} are trained")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if device.type == "cpu":
+        keep_freed_memory()
     if args.compile:
-        model.compile()
+        compile_model(model, device)
     return Classifier(model.to(device), read_logits, device, precision), {
         "hardware": hardware(device), "precision": {"used": precision, "why": reason},
         "parameters": {"all": total, "trainable": trainable}}

@@ -1,4 +1,4 @@
-"""The frozen part of a model as a fixed function of the review: run once, its answers kept."""
+"""The frozen part of a model as a fixed function of the review: run once, its answers kept in memory."""
 
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -7,8 +7,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetuning.loop import Classifier, predict
-from finetuning.runtime import random_state
+from finetuning.batches import IMDbDataset, evaluation_order
+from finetuning.cli import note
+from finetuning.loop import EVALUATION_TOKENS, Classifier, predict
+from finetuning.machine import available_memory
+from finetuning.runtime import autocast, random_state
+from finetuning.tokens import Tokens
+
+SHARE_OF_MEMORY = 0.5  # of what is free, that may go into keeping hidden states
+
+
+def compute_once(args, classifier, head, *datasets):
+    """Return `(classifier, datasets)` with what never changes in this training computed beforehand, where that pays.
+
+    Training ends in the same numbers, to rounding.
+    """
+    model = classifier.model
+    if args.trainable_layers == "last_layer" and is_fixed(classifier, datasets[0]):
+        note("Nothing before the output layer learns or varies: computing what it reads, once")
+        return freeze_features(classifier, head, *datasets)
+    # Only a second epoch would compute it again; hidden states of every token are large.
+    if (args.trainable_layers == "last_block" and args.num_epochs > 1 and hasattr(model, "before_last_block")
+            and is_fixed(classifier, datasets[0])
+            and sum(hidden_bytes(model, dataset) for dataset in datasets) < SHARE_OF_MEMORY * available_memory()):
+        note("Nothing before the last block learns or varies: computing what it reads, once")
+        return classifier, [freeze_hidden_states(classifier, dataset) for dataset in datasets]
+    return classifier, datasets
 
 
 class FeatureBatch(NamedTuple):
@@ -31,6 +55,11 @@ class FeatureDataset:
 
     def __len__(self):
         return len(self.labels)
+
+    @staticmethod
+    def padded(lengths):
+        """There is no padding."""
+        return lengths
 
     def first(self, count):
         """The first `count` reviews."""
@@ -76,3 +105,28 @@ def taken_out(layer, model):
         yield
     finally:
         setattr(model.get_submodule(parent), name, layer)
+
+
+def freeze_hidden_states(classifier, dataset):
+    """The dataset with what the model's last block reads in place of token ids; `GPTModel` takes either."""
+    lengths = kept_lengths(dataset)
+    states = np.empty((lengths.sum(), classifier.model.tok_emb.embedding_dim), dtype=np.float32)
+    starts = np.cumsum(lengths) - lengths
+    order = evaluation_order(dataset.padded(dataset.lengths), EVALUATION_TOKENS[classifier.device.type])
+    with torch.inference_mode(), autocast(classifier.device, classifier.precision):
+        for indices in order:
+            hidden = classifier.model.before_last_block(dataset.batch(indices).to(classifier.device).input_ids)
+            for row, index in zip(hidden.float().cpu().numpy(), indices, strict=True):
+                states[starts[index]:starts[index] + lengths[index]] = row[:lengths[index]]
+    pad_to = None if isinstance(dataset.pad_to, int) else dataset.pad_to
+    return IMDbDataset(Tokens(states, lengths, dataset.labels), pad_token_id=0, pad_to=pad_to)
+
+
+def kept_lengths(dataset):
+    """How many hidden states of each review are needed: where all are padded to one length, the padding's, too."""
+    return np.full_like(dataset.lengths, dataset.pad_to) if isinstance(dataset.pad_to, int) else dataset.lengths
+
+
+def hidden_bytes(model, dataset):
+    """Memory that `freeze_hidden_states` takes."""
+    return int(kept_lengths(dataset).sum()) * model.tok_emb.embedding_dim * np.dtype(np.float32).itemsize

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
 from finetuning.dropout import quick_dropout
-from finetuning.runtime import autocast, synchronize
+from finetuning.runtime import autocast, is_compiled, synchronize
 
 # Tokens in a batch of evaluation: enough to keep the device busy, no more memory than training takes.
 EVALUATION_TOKENS = {"cpu": 16 * 256, "mps": 64 * 256, "cuda": 256 * 256}
@@ -28,8 +29,11 @@ class Classifier:
 
     def __call__(self, batch):
         """Batch on the classifier's device -> logits (batch, classes), float32."""
-        with autocast(self.device, self.precision), quick_dropout():
-            return self.read_logits(self.model, batch).float()
+        # A compiler does better without it, and to a GPU it would be of no use.
+        quick = self.device.type == "cpu" and not is_compiled(self.model)
+        with autocast(self.device, self.precision), quick_dropout() if quick else nullcontext():
+            # A copy: where a compiled model runs as a CUDA graph, its next call overwrites what this one returned.
+            return self.read_logits(self.model, batch).to(torch.float32, copy=True)
 
 
 @dataclass
@@ -58,7 +62,7 @@ def predict(reviews, classifier):
     """
     was_training = classifier.model.training
     classifier.model.eval()
-    order = list(evaluation_order(reviews.lengths, EVALUATION_TOKENS[classifier.device.type]))
+    order = list(evaluation_order(reviews.padded(reviews.lengths), EVALUATION_TOKENS[classifier.device.type]))
     # One autocast context around all batches, so that weights are rounded to bf16 once.
     with torch.inference_mode(), autocast(classifier.device, classifier.precision):
         logits = torch.cat([classifier(reviews.batch(indices).to(classifier.device)) for indices in order]).cpu()

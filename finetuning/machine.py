@@ -35,6 +35,15 @@ def usable_cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def available_memory():
+    """Bytes of memory that are free for use; 0 where the system does not tell (only Linux does)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def process_peak_memory():
     """The most memory this process has held at once, in bytes; None on Windows, which does not tell."""
     try:

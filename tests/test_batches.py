@@ -2,8 +2,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from finetuning.batches import IMDbDataset, evaluation_order, grouped_order, training_order
-from finetuning.tokens import flatten
+from finetuning.batches import IMDbDataset, evaluation_order, few_lengths, grouped_order, training_order
+from finetuning.tokens import Tokens, flatten
 
 REVIEWS = [[5, 6, 7], [8], [9, 10]]
 
@@ -20,6 +20,22 @@ def test_padding_to_a_fixed_length_without_a_mask():
     batch = IMDbDataset(flatten(REVIEWS, [1, 0, 1]), pad_token_id=50256, pad_to=4).batch(torch.tensor([1]))
     assert batch.input_ids.tolist() == [[8, 50256, 50256, 50256]]
     assert batch.attention_mask is None
+
+
+def test_padding_to_the_least_of_a_few_lengths():
+    dataset = IMDbDataset(flatten(REVIEWS, [1, 0, 1]), pad_token_id=0, pad_to=(2, 4))
+    assert dataset.batch([1]).input_ids.tolist() == [[8, 0]]
+    assert dataset.batch([2, 0]).input_ids.tolist() == [[9, 10, 0, 0], [5, 6, 7, 0]]
+    assert dataset.padded(dataset.lengths).tolist() == [4, 2, 2]
+    assert few_lengths(256) == (64, 128, 192, 256)
+    assert few_lengths(30) == (8, 15, 23, 30)
+
+
+def test_hidden_states_in_place_of_token_ids():
+    states = np.arange(8, dtype=np.float32).reshape(4, 2)
+    batch = IMDbDataset(Tokens(states, np.array([1, 3]), np.array([0, 1])), pad_token_id=0).batch([1, 0])
+    assert batch.input_ids.dtype == torch.float32
+    assert batch.input_ids.tolist() == [[[2, 3], [4, 5], [6, 7]], [[0, 1], [0, 0], [0, 0]]]
 
 
 def test_a_batch_without_padding_carries_no_mask():

@@ -1,4 +1,5 @@
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 import train_bert_hf
 import train_gpt
-from finetuning import records
-from finetuning.features import freeze_features, is_fixed
+from finetuning import features, records
+from finetuning.features import compute_once, freeze_features, hidden_bytes, is_fixed
 from finetuning.layers import set_trainable
 from finetuning.loop import Classifier, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
@@ -44,9 +45,9 @@ def check(model, head, read_logits, dataset):
     whole = copy.deepcopy(model)
     head_of_whole = dict(whole.named_modules())[next(name for name, m in model.named_modules() if m is head)]
     expected = losses(Classifier(whole, read_logits, CPU), head_of_whole, dataset)
-    alone, (features,) = freeze_features(classifier, head, dataset)
-    torch.testing.assert_close(predict(features, alone), predict(dataset, classifier))
-    assert losses(alone, head, features) == pytest.approx(expected, abs=1e-5)
+    alone, (vectors,) = freeze_features(classifier, head, dataset)
+    torch.testing.assert_close(predict(vectors, alone), predict(dataset, classifier))
+    assert losses(alone, head, vectors) == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == len(expected)
     assert {name: id(module) for name, module in model.named_modules()} == before  # the head is back in its place
 
@@ -61,12 +62,52 @@ def test_dropout_makes_features_vary(name):
     torch.set_rng_state(state)
 
 
+TWO_EPOCHS = Namespace(trainable_layers="last_block", num_epochs=2)
+
+
+@pytest.mark.parametrize("read_logits", [*train_gpt.TOKEN_POSITIONS.values(), *train_gpt.AVERAGES.values()])
+def test_a_gpts_last_block_learns_the_same_from_hidden_states(read_logits, monkeypatch):
+    dataset = gpt_dataset(reviews(50))
+    if read_logits in (train_gpt.read_last_real, train_gpt.average_real):
+        dataset.pad_to = None
+    runs = []
+    for free in (0, 10**9):
+        monkeypatch.setattr(features, "available_memory", lambda free=free: free)
+        model, layers = gpt()
+        set_trainable(model, "last_block", layers)
+        classifier, (states,) = compute_once(TWO_EPOCHS, Classifier(model, read_logits, CPU), layers.head, dataset)
+        assert (states is dataset) == (free == 0)
+        runs.append(losses(classifier, layers.head, states))
+    assert runs[1] == pytest.approx(runs[0], abs=1e-5)
+    assert len(set(runs[0])) == len(runs[0])
+
+
+def test_hidden_states_need_memory_for_all_that_is_read():
+    model, _ = gpt()
+    width = model.tok_emb.embedding_dim
+    dataset = gpt_dataset(reviews(50))
+    assert hidden_bytes(model, dataset) == 50 * dataset.pad_to * width * 4
+    dataset.pad_to = None
+    assert hidden_bytes(model, dataset) == dataset.lengths.sum() * width * 4
+
+
+def test_one_epoch_computes_nothing_beforehand(monkeypatch):
+    monkeypatch.setattr(features, "available_memory", lambda: 10**9)
+    model, layers = gpt()
+    set_trainable(model, "last_block", layers)
+    dataset = gpt_dataset(reviews(10))
+    for trainable, epochs in (("last_block", 1), ("all", 2)):
+        settings = Namespace(trainable_layers=trainable, num_epochs=epochs)
+        _, (same,) = compute_once(settings, Classifier(model, train_gpt.read_last, CPU), layers.head, dataset)
+        assert same is dataset
+
+
 def test_train_gpt_uses_it_for_the_last_layer_alone(tiny_gpt, data_dir, tmp_path, monkeypatch, capsys):
     calls = []
     for mode in ("last_layer", "last_block"):
         command = ["--model_size", tiny_gpt, "--weights", "random", "--trainable_layers", mode, "--data_dir",
                    str(data_dir), "--output_dir", str(tmp_path / mode), "--context_length", "16"]
-        monkeypatch.setattr("finetuning.experiment.freeze_features",
+        monkeypatch.setattr(features, "freeze_features",
                             lambda *arguments, mode=mode: (calls.append(mode), freeze_features(*arguments))[1])
         train_gpt.main(command)
     assert calls == ["last_layer"]

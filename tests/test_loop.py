@@ -67,7 +67,7 @@ def test_gpt_learns_as_in_the_textbook_loop(mode, position, read_logits):
     model, layers = gpt()
     set_trainable(model, mode, layers)
     textbook = copy.deepcopy(model)
-    reference.materialize_attention(textbook)
+    reference.spell_out(textbook)
     expected, _ = reference.train(textbook, reference.gpt_logits(position), reference.ReferenceDataset(
         frame, ENCODE, LENGTH, pad_token_id=0), num_epochs=2, learning_rate=1e-3)
     progress = train(model, layers.head, read_logits, gpt_dataset(frame), eval_freq=3, eval_iter=1)

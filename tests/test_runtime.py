@@ -1,8 +1,13 @@
 import pytest
 import torch
+from conftest import reviews
+from test_loop import gpt, gpt_dataset, train
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
+import train_gpt
 from finetuning import runtime
+from finetuning.batches import few_lengths
 from finetuning.errors import UserError
 from finetuning.loop import Classifier
 
@@ -79,3 +84,30 @@ def test_random_state_is_put_back():
     drawn = torch.rand(3)
     runtime.set_random_state(state)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_model_is_compiled_for_a_few_shapes_only(monkeypatch):
+    counter, compile_module = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model, dynamic, mode: compile_module(
+        model, backend=counter, dynamic=dynamic))
+    model, layers = gpt()
+    plain, plain_layers = gpt()
+    runtime.compile_model(model, CPU)
+    dataset = gpt_dataset(reviews(50))
+    dataset.pad_to = few_lengths(24)
+    losses = train(model, layers.head, train_gpt.read_last_real, dataset).losses
+    # Batches of 8 reviews padded to 6, 12, 18 or 24 tokens, and all 50 at once for a log line.
+    assert 2 <= counter.frame_count <= 5
+    dataset.pad_to = None
+    expected = train(plain, plain_layers.head, train_gpt.read_last_real, dataset).losses
+    assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in expected], abs=1e-5)
+
+
+def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
+    runtime.keep_freed_memory()
+    assert torch.ones(1 << 20).sum() == 1 << 20
+
+    def absent(name):
+        raise OSError(f"no {name}")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", absent)
+    runtime.keep_freed_memory()
