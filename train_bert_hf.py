@@ -22,7 +22,6 @@ from finetuning.cli import ArgumentParser, add_model_arguments, add_run_argument
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.layers import OutputLayers, find_output_layers, set_trainable
-from finetuning.reviews import check_dataset
 from finetuning.tokens import Tokenizer, load_tokens
 
 NUM_CLASSES = 2
@@ -56,12 +55,11 @@ MODELS = {
 
 def main(argv=None):
     args = parse_args(argv)
-    run_experiment(args, run_name(args), *build(args))
+    run_experiment(args, run_name(args), build)
 
 
 def build(args):
     """What `args` describe: (model, head, read_logits, training set, validation set, test set)."""
-    check_dataset(args.data_dir)
     model, tokenizer = load_model(args.model, args.seed)
     layers = output_layers(args.model, model)
     set_trainable(model, args.trainable_layers, layers)

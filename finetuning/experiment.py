@@ -6,53 +6,76 @@ from contextlib import contextmanager
 import torch
 
 from finetuning import records
-from finetuning.checkpoint import CheckpointWriter, load_checkpoint
+from finetuning.checkpoint import CheckpointWriter, find_checkpoint, is_unfinished, restore, run_identity
 from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.features import freeze_features, is_fixed
+from finetuning.files import held
+from finetuning.interrupts import put_off
 from finetuning.layers import count_parameters
 from finetuning.loop import Classifier, Progress, accuracy, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
 from finetuning.plots import draw_run
-from finetuning.reviews import copies_in_training_set
+from finetuning.reviews import check_dataset, copies_in_training_set
 from finetuning.runtime import hardware, peak_memory, select_device, select_precision, synchronize
 
 
-def run_experiment(args, name, model, head, read_logits, train, validation, test):
-    """Fine-tune `model` as `args` say, print the published log, and leave the run's record.
+def run_experiment(args, name, build):
+    """Fine-tune a model as `args` say, print the published log, and leave the run's record.
 
-    `read_logits(model, batch)` returns the class logits (batch, 2); `head` is the output layer;
-    `train`, `validation` and `test` are IMDbDatasets.
+    `build(args)` returns the model, its output layer, `read_logits(model, batch)`, which returns
+    the class logits (batch, 2), and the training, validation and test set as IMDbDatasets. What can
+    be refused without it is refused first.
     """
+    folder = records.run_folder(args, name)
+    with held(folder, "--output_dir"), way_to_go_on(folder, args.command), memory_advice():
+        check_dataset(args.data_dir)
+        facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
+        checkpoint = starting_point(args, folder, run_identity(facts))
+        fine_tune(args, name, folder, facts, copies, checkpoint, *build(args))
+
+
+def starting_point(args, folder, identity):
+    """The checkpoint to go on from, or None; raises UserError where a new run would overwrite an unfinished one."""
+    if args.resume:
+        return find_checkpoint(folder, identity)
+    if is_unfinished(folder):
+        raise UserError(f"{folder} holds the checkpoint of an unfinished run: add --resume to go on with it, "
+                        "or delete it to start again")
+    return None
+
+
+def fine_tune(args, name, folder, facts, copies, checkpoint, model, head, read_logits, train, validation, test):
+    """What `run_experiment` says, once all that it needs is there."""
     if len(train) < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} reviews of the training set")
-    facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
-    folder = records.run_folder(args, name)
-
-    with memory_advice():
-        classifier, setting = place(args, model, read_logits)
-        started = time.perf_counter()
-        if args.trainable_layers == "last_layer" and is_fixed(classifier, train):
-            note("Nothing before the output layer learns or varies: computing what it reads, once")
-            classifier, (train, validation, test) = freeze_features(classifier, head, train, validation, test)
-        torch.manual_seed(args.seed)
-        optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
-        progress = load_checkpoint(folder, classifier, optimizer, facts) if args.resume else Progress()
-        progress.seconds += time.perf_counter() - started
-        records.make_folder(folder)
-        writer = CheckpointWriter(folder, classifier, optimizer, facts)
+    classifier, setting = place(args, model, read_logits, checkpoint)
+    started = time.perf_counter()
+    if args.trainable_layers == "last_layer" and is_fixed(classifier, train):
+        note("Nothing before the output layer learns or varies: computing what it reads, once")
+        classifier, (train, validation, test) = freeze_features(classifier, head, train, validation, test)
+    torch.manual_seed(args.seed)
+    optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
+    progress = restore(checkpoint, classifier, optimizer) if checkpoint else Progress()
+    progress.seconds += time.perf_counter() - started
+    writer = CheckpointWriter(folder, classifier, optimizer, run_identity(facts), args.checkpoint_minutes)
+    with put_off() as interrupts:
+        def after_step(progress):
+            writer(progress, now=bool(interrupts))
+            if interrupts:
+                raise interrupts[0]
         progress = train_classifier_simple(
             classifier, optimizer, train, validation, num_epochs=args.num_epochs, batch_size=args.batch_size,
             max_steps=args.max_steps, eval_freq=args.eval_freq, eval_iter=args.eval_iter,
-            group_by_length=args.group_by_length, progress=progress, after_step=writer)
-        print(f"Training completed in {progress.seconds / 60:.2f} minutes.", flush=True)
+            group_by_length=args.group_by_length, progress=progress, after_step=after_step)
+    print(f"Training completed in {progress.seconds / 60:.2f} minutes.", flush=True)
 
-        print("\nEvaluating on the full datasets ...\n", flush=True)
-        started = time.perf_counter()
-        splits = {"train": train, "validation": validation, "test": test}
-        logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
-        synchronize(classifier.device)
-        seconds = time.perf_counter() - started
+    print("\nEvaluating on the full datasets ...\n", flush=True)
+    started = time.perf_counter()
+    splits = {"train": train, "validation": validation, "test": test}
+    logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
+    synchronize(classifier.device)
+    seconds = time.perf_counter() - started
     accuracies = {split: accuracy(logits[split], reviews.labels) for split, reviews in splits.items()}
     print(f"Training accuracy: {accuracies['train']:.2%}")
     print(f"Validation accuracy: {accuracies['validation']:.2%}")
@@ -68,15 +91,17 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
                                "evaluation": sum(counts.values()) / seconds},
         "peak_memory": peak_memory(classifier.device),
     }, copies, test.labels, logits["test"].double().softmax(dim=-1)[:, 1].numpy())
-    writer.remove()
     draw_run(folder)
+    writer.remove()
     note(f"Record: {folder / records.RECORD}")
 
 
-def place(args, model, read_logits):
+def place(args, model, read_logits, checkpoint):
     """Put the model where and how `args` say, and tell; returns the Classifier and that part of the record."""
     device = select_device(args.device)
-    precision, reason = select_precision(args.precision, device)
+    # What "auto" finds out by trying could differ from one time to the next.
+    precision, reason = ((checkpoint["precision"], "as the run began") if checkpoint
+                         else select_precision(args.precision, device))
     total, trainable = count_parameters(model)
     note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
          f"Parameters: {total:,}, of which {trainable:,} are trained")
@@ -91,6 +116,17 @@ def place(args, model, read_logits):
 def rounded(rows):
     """The rows of a curve with as many digits as mean anything."""
     return [{key: round(value, 6) for key, value in row.items()} for row in rows]
+
+
+@contextmanager
+def way_to_go_on(folder, command):
+    """Let an interrupt say what to type to go on, where there is something to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if is_unfinished(folder):
+            error.args = (f"Interrupted; to go on: {command.removesuffix(' --resume')} --resume",)
+        raise
 
 
 @contextmanager
