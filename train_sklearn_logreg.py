@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from finetuning import records
 from finetuning.cli import ArgumentParser, add_run_arguments, note, run
+from finetuning.errors import UserError
 from finetuning.files import held
 from finetuning.machine import cpu_name, process_peak_memory, usable_cpus
 from finetuning.ngrams import NaiveBayesNgrams
@@ -59,7 +60,10 @@ def run_baselines(args, name, folder):
     started = time.perf_counter()
     features = FEATURES[args.features]
     vectorizer = features.vectorizer()
-    train_set = vectorizer.fit_transform(train["text"], train["label"]), train["label"]
+    try:
+        train_set = vectorizer.fit_transform(train["text"], train["label"]), train["label"]
+    except ValueError as error:
+        raise UserError(f"the training set is too small for --features {args.features}: {error}") from error
     dummy = DummyClassifier(strategy="most_frequent").fit(*train_set)
     model = LogisticRegression(max_iter=1000, random_state=args.seed, **features.settings).fit(*train_set)
     trained = time.perf_counter()

@@ -29,10 +29,15 @@ def run_experiment(args, name, build):
     """
     folder = records.run_folder(args, name)
     with held(folder, "--output_dir"), way_to_go_on(folder, args.command), memory_advice():
-        check_dataset(args.data_dir)
+        if check_dataset(args.data_dir) < args.batch_size:
+            raise UserError(f"--batch_size {args.batch_size} is more than the reviews of the training set")
         facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
         checkpoint = starting_point(args, folder, run_identity(facts))
-        fine_tune(args, name, folder, facts, copies, checkpoint, *build(args))
+        device = select_device(args.device)
+        # What "auto" finds out by trying could differ from one time to the next.
+        precision = ((checkpoint["precision"], "as the run began") if checkpoint
+                     else select_precision(args.precision, device))
+        fine_tune(args, name, folder, facts, copies, checkpoint, device, precision, *build(args))
 
 
 def starting_point(args, folder, identity):
@@ -45,11 +50,10 @@ def starting_point(args, folder, identity):
     return None
 
 
-def fine_tune(args, name, folder, facts, copies, checkpoint, model, head, read_logits, train, validation, test):
+def fine_tune(args, name, folder, facts, copies, checkpoint, device, precision,
+              model, head, read_logits, train, validation, test):
     """What `run_experiment` says, once all that it needs is there."""
-    if len(train) < args.batch_size:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} reviews of the training set")
-    classifier, setting = place(args, model, read_logits, checkpoint)
+    classifier, setting = place(model, read_logits, device, *precision, args.compile)
     started = time.perf_counter()
     if args.trainable_layers == "last_layer" and is_fixed(classifier, train):
         note("Nothing before the output layer learns or varies: computing what it reads, once")
@@ -96,17 +100,13 @@ def fine_tune(args, name, folder, facts, copies, checkpoint, model, head, read_l
     note(f"Record: {folder / records.RECORD}")
 
 
-def place(args, model, read_logits, checkpoint):
-    """Put the model where and how `args` say, and tell; returns the Classifier and that part of the record."""
-    device = select_device(args.device)
-    # What "auto" finds out by trying could differ from one time to the next.
-    precision, reason = ((checkpoint["precision"], "as the run began") if checkpoint
-                         else select_precision(args.precision, device))
+def place(model, read_logits, device, precision, reason, compiled):
+    """Put the model where and how it shall compute, and tell; returns the Classifier and that part of the record."""
     total, trainable = count_parameters(model)
     note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
          f"Parameters: {total:,}, of which {trainable:,} are trained")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if args.compile:
+    if compiled:
         model.compile()
     return Classifier(model.to(device), read_logits, device, precision), {
         "hardware": hardware(device), "precision": {"used": precision, "why": reason},

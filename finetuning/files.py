@@ -14,7 +14,7 @@ from finetuning.errors import UserError
 
 LOCK = ".lock"
 # Failures of the disk or its permissions are the world's, not a bug.
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 ROOM = 1 << 20  # bytes: more than a run's record, predictions and picture take
 
 
@@ -75,11 +75,11 @@ def held(folder, flag):
     run holds the folder or it cannot be written to.
     """
     folder = Path(folder)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with ExitStack() as stack:
-        for path in reversed(missing):
-            stack.callback(remove_if_empty, path)
         try:
+            for path in (*reversed(folder.parents), folder):
+                if not path.exists():
+                    stack.callback(remove_if_empty, path)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder, wait=False))
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -87,7 +87,7 @@ def held(folder, flag):
         except Timeout as error:
             raise UserError(f"another run is writing to {folder}; wait for it, or choose another {flag}") from error
         except OSError as error:
-            where = f" ({disk(folder)})" if error.errno in DISK_TROUBLE else ""
+            where = f" ({disk(folder)})" if error.errno == errno.ENOSPC else ""
             raise UserError(f"cannot write to {flag} {folder}: {error.strerror}{where}") from error
         yield
 
