@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError
+from finetuning.hub import check_cached_weights
 
 REPOSITORIES = {
     "124M": "openai-community/gpt2",
@@ -39,6 +40,7 @@ def download_and_load_gpt2(model_size, models_dir=None):
     repository = REPOSITORIES[model_size]
     config = fetch(repository, "config.json", model_size, models_dir)
     weights = fetch(repository, "model.safetensors", model_size, models_dir)
+    check_cached_weights(repository)
     return read_settings(config), read_params(weights)
 
 

@@ -21,6 +21,7 @@ from finetuning.batches import IMDbDataset
 from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, note, run
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
+from finetuning.hub import check_cached_weights
 from finetuning.layers import OutputLayers, find_output_layers, set_trainable
 from finetuning.tokens import Tokenizer, load_tokens
 
@@ -111,6 +112,8 @@ def load_model(name, seed):
             HfHubHTTPError) as error:
         known = "" if name in MODELS else f"; it is none of {', '.join(MODELS)}"
         raise UserError(f"cannot load --model {name}{known}: {error}") from error
+    if not Path(source).is_dir():
+        check_cached_weights(source)
     check_tokenizer(name, tokenizer, model.get_input_embeddings().num_embeddings)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
