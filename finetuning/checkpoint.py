@@ -95,8 +95,9 @@ def write(state, path):
         file.write(bytes(DIGEST_BYTES))
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # its report of what the disk said
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:  # torch's report of what stopped it: a full disk, or a second Ctrl-C
+            stopped = isinstance(error.__context__, (OSError, KeyboardInterrupt))
+            raise error.__context__ if stopped else error from None
         file.seek(DIGEST_BYTES)
         digest = hashlib.file_digest(file, "sha256").digest()
         file.seek(0)

@@ -2,7 +2,10 @@
 
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from finetuning import records
@@ -20,6 +23,18 @@ from finetuning.reviews import check_dataset, copies_in_training_set
 from finetuning.runtime import hardware, peak_memory, select_device, select_precision, synchronize
 
 
+class Setting(NamedTuple):
+    """What is known of a run before its model is there."""
+
+    folder: Path
+    facts: dict  # as `records.facts` returns them
+    copies: np.ndarray  # (test reviews,) bool: which stand in the training set
+    checkpoint: dict | None  # to go on from
+    device: torch.device
+    precision: str
+    reason: str  # of that precision
+
+
 def run_experiment(args, name, build):
     """Fine-tune a model as `args` say, print the published log, and leave the run's record.
 
@@ -29,31 +44,30 @@ def run_experiment(args, name, build):
     """
     folder = records.run_folder(args, name)
     with held(folder, "--output_dir"), way_to_go_on(folder, args.command), memory_advice():
-        if check_dataset(args.data_dir) < args.batch_size:
-            raise UserError(f"--batch_size {args.batch_size} is more than the reviews of the training set")
-        facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
-        checkpoint = starting_point(args, folder, run_identity(facts))
-        device = select_device(args.device)
-        # What "auto" finds out by trying could differ from one time to the next.
-        precision = ((checkpoint["precision"], "as the run began") if checkpoint
-                     else select_precision(args.precision, device))
-        fine_tune(args, name, folder, facts, copies, checkpoint, device, precision, *build(args))
+        setting = prepare(args, folder)
+        fine_tune(args, name, setting, *build(args))
 
 
-def starting_point(args, folder, identity):
-    """The checkpoint to go on from, or None; raises UserError where a new run would overwrite an unfinished one."""
-    if args.resume:
-        return find_checkpoint(folder, identity)
-    if is_unfinished(folder):
+def prepare(args, folder):
+    """The run's Setting; raises UserError for all that can be seen to be wrong without a model."""
+    if check_dataset(args.data_dir) < args.batch_size:
+        raise UserError(f"--batch_size {args.batch_size} is more than the reviews of the training set")
+    facts = records.facts(args)
+    checkpoint = find_checkpoint(folder, run_identity(facts)) if args.resume else None
+    if not args.resume and is_unfinished(folder):
         raise UserError(f"{folder} holds the checkpoint of an unfinished run: add --resume to go on with it, "
                         "or delete it to start again")
-    return None
+    device = select_device(args.device)
+    # What "auto" finds out by trying could differ from one time to the next.
+    precision, reason = ((checkpoint["precision"], "as the run began") if checkpoint
+                         else select_precision(args.precision, device))
+    return Setting(folder, facts, copies_in_training_set(args.data_dir), checkpoint, device, precision, reason)
 
 
-def fine_tune(args, name, folder, facts, copies, checkpoint, device, precision,
-              model, head, read_logits, train, validation, test):
+def fine_tune(args, name, setting, model, head, read_logits, train, validation, test):
     """What `run_experiment` says, once all that it needs is there."""
-    classifier, setting = place(model, read_logits, device, *precision, args.compile)
+    folder, facts, copies, checkpoint, *_ = setting
+    classifier, described = place(setting, model, read_logits, args.compile)
     started = time.perf_counter()
     if args.trainable_layers == "last_layer" and is_fixed(classifier, train):
         note("Nothing before the output layer learns or varies: computing what it reads, once")
@@ -87,7 +101,7 @@ def fine_tune(args, name, folder, facts, copies, checkpoint, device, precision,
 
     counts = {split: len(reviews) for split, reviews in splits.items()}
     records.write_record(folder, {
-        **facts, **setting, "name": name,
+        **facts, **described, "name": name,
         "losses": [round(float(loss), 6) for loss in progress.losses], "curve": rounded(progress.curve),
         "epochs": rounded(progress.epochs), "accuracy": accuracies, "reviews": counts,
         "seconds": {"training": progress.seconds, "evaluation": seconds},
@@ -100,16 +114,17 @@ def fine_tune(args, name, folder, facts, copies, checkpoint, device, precision,
     note(f"Record: {folder / records.RECORD}")
 
 
-def place(model, read_logits, device, precision, reason, compiled):
+def place(setting, model, read_logits, compiled):
     """Put the model where and how it shall compute, and tell; returns the Classifier and that part of the record."""
     total, trainable = count_parameters(model)
-    note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
+    device = setting.device
+    note(f"Device: {device} ({hardware(device)})\nPrecision: {setting.precision} ({setting.reason})\n"
          f"Parameters: {total:,}, of which {trainable:,} are trained")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if setting.precision == "tf32" else "highest")
     if compiled:
         model.compile()
-    return Classifier(model.to(device), read_logits, device, precision), {
-        "hardware": hardware(device), "precision": {"used": precision, "why": reason},
+    return Classifier(model.to(device), read_logits, device, setting.precision), {
+        "hardware": hardware(device), "precision": {"used": setting.precision, "why": setting.reason},
         "parameters": {"all": total, "trainable": trainable}}
 
 

@@ -13,7 +13,7 @@ from finetuning import cli
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
 CONTEXT.set_forkserver_preload(["train_bert_hf"])
-DEADLINE = 120  # seconds after which something hangs
+DEADLINE = 300  # seconds after which something hangs
 
 
 def run_script(module, arguments, output, cwd):
