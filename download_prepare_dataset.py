@@ -6,23 +6,19 @@ downloads the official archive, reads its 50,000 labelled reviews straight out o
 and cuts them as the published experiment did, and writes the three files.
 """
 
-import hashlib
+import lzma
 import os
 import re
 import tarfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import pandas as pd
-import requests
-import urllib3
-from tqdm import tqdm
 
 from finetuning.cli import ArgumentParser, run
+from finetuning.download import Download, download, md5
 from finetuning.errors import UserError
-from finetuning.files import written_whole
+from finetuning.files import held, written_whole
 from finetuning.reviews import csv_paths
 
 # The published order; the shuffle starts from it.
@@ -33,27 +29,17 @@ REVIEWS_PER_FOLDER = 12_500
 REVIEW_NAME = re.compile(r"(?:\./)?aclImdb/((?:test|train)/(?:pos|neg))/(\d+_\d+\.txt)")
 # The longest review has 13,704 characters; what claims to be far larger is not a review.
 MAX_REVIEW_BYTES = 1_000_000
-TIMEOUT = 30  # seconds without a byte from the server
-
-
-class Download(NamedTuple):
-    """Where an archive is, and what it must be if that is known beforehand."""
-
-    url: str
-    size: int | None = None  # bytes
-    md5: str | None = None
-
-
 OFFICIAL = Download("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
                     84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    source = fetch_archive(args.archive, Path(args.data_dir))
-    reviews = load_dataset_to_dataframe(source)
-    print(f"Read {len(reviews):,} labelled reviews from {source}")
-    splits = partition_and_save(reviews, args.data_dir, args.split)
+    with held(args.data_dir, "--data_dir"):
+        source = fetch_archive(args.archive, Path(args.data_dir))
+        reviews = load_dataset_to_dataframe(source)
+        print(f"Read {len(reviews):,} labelled reviews from {source}")
+        splits = partition_and_save(reviews, args.data_dir, args.split)
     print(summary(*splits))
     print(f"Wrote {', '.join(map(str, csv_paths(args.data_dir)))}")
 
@@ -71,49 +57,16 @@ def parse_args(argv=None):
 
 def fetch_archive(archive, data_dir):
     """Return the local path of `archive`, downloading it into `data_dir` where it is a URL."""
-    if urlsplit(archive).scheme not in ("http", "https"):
+    if not archive.startswith(("http://", "https://")):
         if not os.path.exists(archive):
             raise UserError(f"no archive or folder at {archive}")
         return Path(archive)
     wanted = OFFICIAL if archive == OFFICIAL.url else Download(archive)
-    target = data_dir / Path(urlsplit(archive).path).name
+    target = data_dir / (Path(archive.partition("?")[0]).name or "archive")
     if wanted.md5 and target.is_file() and md5(target) == wanted.md5:
         return target
     download(wanted, target)
     return target
-
-
-def md5(path):
-    """Hexadecimal MD5 of a file's content: the digest that is known of the official archive."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
-def download(wanted, target):
-    """Download a file to `target`, which appears only once it is whole.
-
-    Raises UserError if the server cannot be reached, answers with an error, or sends
-    something of another size or digest than it should.
-    """
-    try:
-        with written_whole(target) as (temporary,), requests.get(wanted.url, stream=True, timeout=TIMEOUT,
-                                                                 headers={"Accept-Encoding": "identity"}) as response:
-            response.raise_for_status()
-            size = wanted.size or int(response.headers.get("Content-Length", 0)) or None
-            bar = tqdm(total=size, unit="B", unit_scale=True, desc=target.name)
-            with open(temporary, "wb") as file, bar:
-                # As it is stored: some servers call a .tar.gz a gzipped page, which requests would unpack.
-                for chunk in response.raw.stream(1 << 20, decode_content=False):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            received = temporary.stat().st_size
-            if size and received != size:
-                raise UserError(f"{wanted.url}: received {received:,} bytes instead of {size:,}; try again")
-            if wanted.md5 and md5(temporary) != wanted.md5:
-                raise UserError(f"{wanted.url}: the file received is not the official archive (its MD5 differs)")
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise UserError(f"cannot download {wanted.url}: {error}; if you have the archive, "
-                        "pass it with --archive") from error
 
 
 def load_dataset_to_dataframe(source):
@@ -143,11 +96,12 @@ def read_archive(path):
                 match = REVIEW_NAME.fullmatch(member.name)
                 if not match or not member.isfile():
                     continue
-                if member.size > MAX_REVIEW_BYTES:
-                    raise UserError(f"{path}: {member.name} has {member.size:,} bytes; a review has a few thousand")
+                check_size(member.size, f"{path}: {member.name}")
                 folder, name = match.groups()
                 reviews[folder][name] = archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            while archive.fileobj.read(1 << 20):  # to its end, where the checksum is
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise UserError(f"{path} is cut short, damaged or no tar archive ({reason}); "
                         "delete it and download it again") from error
@@ -157,7 +111,19 @@ def read_archive(path):
 def read_folder(path):
     """Read the reviews from an extracted aclImdb folder, or its parent: {folder: {file name: bytes}}."""
     root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
-    return {folder: {file.name: file.read_bytes() for file in (root / folder).glob("*.txt")} for folder in FOLDERS}
+    reviews = {folder: {} for folder in FOLDERS}
+    for folder in FOLDERS:
+        for file in (root / folder).glob("*.txt"):
+            if REVIEW_NAME.fullmatch(f"aclImdb/{folder}/{file.name}") and file.is_file() and not file.is_symlink():
+                check_size(file.stat().st_size, file)
+                reviews[folder][file.name] = file.read_bytes()
+    return reviews
+
+
+def check_size(size, name):
+    """Raise UserError if a file has too many bytes to be a review."""
+    if size > MAX_REVIEW_BYTES:
+        raise UserError(f"{name} has {size:,} bytes; a review has a few thousand")
 
 
 def decode(content, name):

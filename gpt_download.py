@@ -1,6 +1,7 @@
 """GPT-2's published weights, from the Hugging Face Hub to NumPy arrays in the book's layout."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -8,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError
+from finetuning.hub import check_cached_weights
 
 REPOSITORIES = {
     "124M": "openai-community/gpt2",
@@ -17,6 +19,7 @@ REPOSITORIES = {
 }
 # Published names of the arrays -> names in the book's layout.
 TOP_LEVEL = {"wte.weight": "wte", "wpe.weight": "wpe", "ln_f.weight": "g", "ln_f.bias": "b"}
+IN_BLOCK = re.compile(r"h\.(\d{1,3})\.(.+)\.(weight|bias)")
 # Stored beside the weights: causal masks, and the output head, which is the token embedding again.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
@@ -37,6 +40,7 @@ def download_and_load_gpt2(model_size, models_dir=None):
     repository = REPOSITORIES[model_size]
     config = fetch(repository, "config.json", model_size, models_dir)
     weights = fetch(repository, "model.safetensors", model_size, models_dir)
+    check_cached_weights(repository)
     return read_settings(config), read_params(weights)
 
 
@@ -61,7 +65,7 @@ def read_settings(path):
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         return {"n_vocab": config["vocab_size"], "n_ctx": config["n_positions"], "n_embd": config["n_embd"],
                 "n_head": config["n_head"], "n_layer": config["n_layer"]}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not GPT-2's config.json ({error!r}); delete it and run again") from error
 
 
@@ -81,10 +85,11 @@ def read_params(path):
 def place(params, name, array):
     """Put one array where the book's layout has it: "h.0.attn.c_attn.weight" -> blocks[0]["attn"]["c_attn"]["w"]."""
     name = name.removeprefix("transformer.")
-    if not name.startswith("h."):
+    match = IN_BLOCK.fullmatch(name)
+    if not match:
         params[TOP_LEVEL.get(name, name)] = array
         return
-    _, block, *path, kind = name.split(".")
+    block, path, kind = match[1], match[2].split("."), match[3]
     blocks = params["blocks"]
     blocks.extend({} for _ in range(int(block) + 1 - len(blocks)))
     target = blocks[int(block)]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from finetuning.cli import ArgumentParser, note, run, seed_number
 from finetuning.errors import UserError
 from finetuning.files import sha256
+from finetuning.interrupts import Terminated
 from finetuning.machine import versions
 from finetuning.plots import draw_rows, draw_run
 from finetuning.records import RECORD, read_record
@@ -139,12 +140,24 @@ def run_rows(rows, seeds):
         script, *arguments = shlex.split(command)[1:]
         # A run that was interrupted left a checkpoint to go on from.
         resume = ["--resume"] if any((ROOT / run_folder(row, seed)).glob("checkpoint*")) else []
-        if subprocess.run([sys.executable, script, *arguments, *resume], cwd=ROOT).returncode:
+        if run_to_end([sys.executable, script, *arguments, *resume]):
             failed.append(command)
     print(summary(rows, seeds))
     if failed:
         print("\nFailed:", *failed, sep="\n  ")
         sys.exit(1)
+
+
+def run_to_end(command):
+    """Run a command; return its exit status. An interrupt ends it, too, but lets it save first."""
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt as error:
+            if isinstance(error, Terminated):  # Ctrl-C reaches both
+                process.terminate()
+            process.wait()
+            raise
 
 
 def is_recorded(row, seed):

@@ -21,8 +21,8 @@ from finetuning.batches import IMDbDataset, few_lengths
 from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, note, run
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
+from finetuning.hub import check_cached_weights
 from finetuning.layers import OutputLayers, find_output_layers, set_trainable
-from finetuning.reviews import check_dataset
 from finetuning.tokens import Tokenizer, load_tokens
 
 NUM_CLASSES = 2
@@ -56,12 +56,11 @@ MODELS = {
 
 def main(argv=None):
     args = parse_args(argv)
-    run_experiment(args, run_name(args), *build(args))
+    run_experiment(args, run_name(args), build)
 
 
 def build(args):
     """What `args` describe: (model, head, read_logits, training set, validation set, test set)."""
-    check_dataset(args.data_dir)
     model, tokenizer = load_model(args.model, args.seed)
     layers = output_layers(args.model, model)
     set_trainable(model, args.trainable_layers, layers)
@@ -106,14 +105,30 @@ def load_model(name, seed):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=NUM_CLASSES, ignore_mismatched_sizes=True, output_loading_info=True,
             dtype=torch.float32)  # whatever precision the file is stored in
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError,
+    except UnpicklingError as error:
+        raise UserError(f"cannot load --model {name}: its weights are a pickle of more than tensors, which could run "
+                        "code and is not loaded") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
             HfHubHTTPError) as error:
         known = "" if name in MODELS else f"; it is none of {', '.join(MODELS)}"
         raise UserError(f"cannot load --model {name}{known}: {error}") from error
+    if not Path(source).is_dir():
+        check_cached_weights(source)
+    check_tokenizer(name, tokenizer, model.get_input_embeddings().num_embeddings)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     check_new_layers(name, model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     return model, tokenizer
+
+
+def check_tokenizer(name, tokenizer, embeddings):
+    """Refuse a tokenizer that knows no words, which is what some load as without their files, or of another model."""
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) <= len(tokenizer.all_special_ids):
+        raise UserError(f"cannot load --model {name}: its tokenizer has no vocabulary; are its files missing?")
+    if max(vocabulary.values()) >= embeddings:
+        raise UserError(f"cannot load --model {name}: its tokenizer is of another model; it knows "
+                        f"{max(vocabulary.values()) + 1:,} tokens, the model {embeddings:,}")
 
 
 def check_new_layers(name, model, new):

@@ -15,7 +15,6 @@ from finetuning.cli import ArgumentParser, add_model_arguments, add_run_argument
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.layers import OutputLayers, set_trainable
-from finetuning.reviews import check_dataset
 from finetuning.runtime import is_compiled
 from finetuning.tokens import Tokenizer, load_tokens
 from gpt_download import download_and_load_gpt2
@@ -34,12 +33,11 @@ NUM_CLASSES = 2
 
 def main(argv=None):
     args = parse_args(argv)
-    run_experiment(args, run_name(args), *build(args))
+    run_experiment(args, run_name(args), build)
 
 
 def build(args):
     """What `args` describe: (model, head, read_logits, training set, validation set, test set)."""
-    check_dataset(args.data_dir)
     tokenizer = load_tokenizer()
     model = instantiate_model(args.model_size, args.weights, args.seed, args.models_dir)
     layers = replace_head(model, args.seed)

@@ -16,6 +16,8 @@ from sklearn.linear_model import LogisticRegression
 
 from finetuning import records
 from finetuning.cli import ArgumentParser, add_run_arguments, note, run
+from finetuning.errors import UserError
+from finetuning.files import held
 from finetuning.machine import cpu_name, process_peak_memory, usable_cpus
 from finetuning.ngrams import NaiveBayesNgrams
 from finetuning.plots import draw_run
@@ -44,16 +46,24 @@ FEATURES = {
 
 def main(argv=None):
     args = parse_args(argv)
-    train, validation, test = load_dataframes(args.data_dir)
-    facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
     name = run_name(args)
     folder = records.run_folder(args, name)
-    records.make_folder(folder)
+    with held(folder, "--output_dir"):
+        run_baselines(args, name, folder)
+
+
+def run_baselines(args, name, folder):
+    """Fit both classifiers, print the published log, and leave the run's record."""
+    train, validation, test = load_dataframes(args.data_dir)
+    facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
 
     started = time.perf_counter()
     features = FEATURES[args.features]
     vectorizer = features.vectorizer()
-    train_set = vectorizer.fit_transform(train["text"], train["label"]), train["label"]
+    try:
+        train_set = vectorizer.fit_transform(train["text"], train["label"]), train["label"]
+    except ValueError as error:
+        raise UserError(f"the training set is too small for --features {args.features}: {error}") from error
     dummy = DummyClassifier(strategy="most_frequent").fit(*train_set)
     model = LogisticRegression(max_iter=1000, random_state=args.seed, **features.settings).fit(*train_set)
     trained = time.perf_counter()

@@ -1,5 +1,11 @@
-"""Saving an unfinished run, and going on with it as if it had never stopped."""
+"""Saving an unfinished run, and going on with it as if it had never stopped.
 
+A run's folder holds `checkpoint.pt` and, from its second one on, `checkpoint.previous.pt`. Each is
+the SHA-256 of what follows (32 bytes) and then what `torch.save` writes, so that damage is noticed.
+"""
+
+import hashlib
+import os
 import pickle
 import time
 import warnings
@@ -8,77 +14,148 @@ from pathlib import Path
 
 import torch
 
+from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.files import written_whole
-from finetuning.loop import Progress
+from finetuning.loop import Progress, check_losses
 from finetuning.runtime import random_state, set_random_state
 
-CHECKPOINT = "checkpoint.pt"
-SECONDS_BETWEEN_CHECKPOINTS = 600
-# An epoch's end is worth a checkpoint too, unless repeating the work costs less than writing gigabytes.
-SECONDS_WORTH_SAVING = 60
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DIGEST_BYTES = 32
+STATE = {"identity", "device", "precision", "trainable", "optimizer", "random_state", "progress"}
 # What may differ between the run that saved a checkpoint and the one that goes on with it.
-FREE_TO_CHANGE = {"resume", "output_dir", "data_dir", "models_dir"}
+FREE_TO_CHANGE = {"resume", "checkpoint_minutes", "output_dir", "data_dir", "models_dir"}
 
 
 class CheckpointWriter:
-    """Called after each update, it saves a checkpoint every ten minutes and at the end of an epoch."""
+    """Called after each update, it saves a checkpoint where one is due: every so many minutes, and after an epoch."""
 
-    def __init__(self, folder, classifier, optimizer, facts):
-        self.path = Path(folder) / CHECKPOINT
+    def __init__(self, folder, classifier, optimizer, identity, minutes):
+        self.path, self.previous = checkpoints(folder)
         self.classifier = classifier
         self.optimizer = optimizer
-        self.identity = identity(facts, classifier.precision)
+        self.identity = identity
+        self.seconds = 60 * minutes
         self.last = time.monotonic()
 
-    def __call__(self, progress):
-        due = SECONDS_WORTH_SAVING if progress.order is None else SECONDS_BETWEEN_CHECKPOINTS
-        if time.monotonic() - self.last >= due:
+    def __call__(self, progress, now=False):
+        if now or progress.order is None or time.monotonic() - self.last >= self.seconds:
             self.save(progress)
             self.last = time.monotonic()
 
     def save(self, progress):
-        """Write all that the run needs to go on. Frozen weights are not saved: they never change."""
+        """Write all that the run needs to go on. Frozen weights are not saved: they never change.
+
+        A disk that is full costs the run its checkpoint and not what it has learned: it goes on,
+        with a note. Raises UserError where losses or weights are no numbers any more.
+        """
+        trainable = {name: p.detach() for name, p in self.classifier.model.named_parameters() if p.requires_grad}
+        check_losses(progress, updates=len(progress.losses))
+        if not all(tensor.isfinite().all() for tensor in trainable.values()):
+            raise UserError(f"weights are no finite numbers any more after update {progress.step}; "
+                            "try a smaller --learning_rate; the last checkpoint is from before")
         state = {
-            "identity": self.identity,
-            "trainable": {name: p.detach() for name, p in self.classifier.model.named_parameters() if p.requires_grad},
-            "optimizer": self.optimizer.state_dict(),
+            "identity": self.identity, "device": self.classifier.device.type, "precision": self.classifier.precision,
+            "trainable": trainable, "optimizer": self.optimizer.state_dict(),
             "random_state": random_state(self.classifier.device),
             "progress": {**asdict(progress), "losses": [float(loss) for loss in progress.losses]},
         }
-        with written_whole(self.path) as (temporary,):
-            torch.save(state, temporary)
+        try:
+            with written_whole(self.path) as (temporary,):
+                write(state, temporary)
+                if self.path.exists():
+                    os.replace(self.path, self.previous)
+        except UserError as error:
+            note(f"No checkpoint after update {progress.step}: {error}; training goes on")
 
     def remove(self):
-        """Delete the checkpoint: a finished run needs none."""
+        """Delete the checkpoints: a finished run needs none."""
+        self.previous.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 
-def identity(facts, precision):
-    """What makes a run the same run: its arguments, the precision chosen, and its data."""
-    arguments = {key: value for key, value in facts["arguments"].items() if key not in FREE_TO_CHANGE}
-    return {**arguments, "precision": precision, **facts["data"]}
+def checkpoints(folder):
+    """The paths of a run's checkpoints, the newer first."""
+    return Path(folder) / CHECKPOINT, Path(folder) / PREVIOUS
 
 
-def load_checkpoint(folder, classifier, optimizer, facts):
-    """Restore model, optimizer and random state from a run's folder; return its Progress.
+def is_unfinished(folder):
+    """Whether a folder holds a checkpoint to go on from."""
+    return any(path.is_file() for path in checkpoints(folder))
 
-    Loading executes no code from the file. Raises UserError where there is no checkpoint, it is
-    damaged, or it belongs to another run.
-    """
-    path = Path(folder) / CHECKPOINT
-    if not path.is_file():
-        raise UserError(f"--resume: there is no checkpoint at {path}")
+
+def run_identity(facts):
+    """What makes a run the same run: its arguments and its data."""
+    return {**{key: value for key, value in facts["arguments"].items() if key not in FREE_TO_CHANGE}, **facts["data"]}
+
+
+def write(state, path):
+    """Write a checkpoint's file, digest first, and wait until the disk has it."""
+    with open(path, "wb+") as file:
+        file.write(bytes(DIGEST_BYTES))
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's report of what stopped it: a full disk, or a second Ctrl-C
+            stopped = isinstance(error.__context__, (OSError, KeyboardInterrupt))
+            raise error.__context__ if stopped else error from None
+        file.seek(DIGEST_BYTES)
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.seek(0)
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path):
+    """What `write` wrote, or None where the file is damaged or something else; executes no code from it."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # the line below says it all
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["identity"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise UserError(f"--resume: {path} is damaged; delete it and start again without --resume") from error
-    differing = [key for key, value in identity(facts, classifier.precision).items() if saved.get(key) != value]
-    if differing:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            digest = file.read(DIGEST_BYTES)
+            if hashlib.file_digest(file, "sha256").digest() != digest:
+                return None
+            file.seek(DIGEST_BYTES)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        return None
+    return state if isinstance(state, dict) and state.keys() == STATE else None
+
+
+def find_checkpoint(folder, identity):
+    """What the newest whole checkpoint in a run's folder holds.
+
+    Raises UserError where there is none, or it belongs to another run than one of this `identity`.
+    """
+    newest, previous = checkpoints(folder)
+    found = [path for path in (newest, previous) if path.is_file()]
+    if not found:
+        raise UserError(f"--resume: there is no checkpoint at {newest}; start without --resume")
+    for path in found:
+        if state := read(path):
+            break
+    else:
+        raise UserError(f"--resume: {' and '.join(map(str, found))} damaged, or no checkpoint of this program; "
+                        "delete what is there and start again without --resume")
+    if differing := [key for key, value in identity.items() if state["identity"].get(key) != value]:
         raise UserError(f"--resume: {path} belongs to a run with other {', '.join(differing)}")
-    parameters = dict(classifier.model.named_parameters())
+    if path == previous:
+        note(f"{newest} is damaged or missing; going on from the one before it, "
+             f"of update {state['progress']['step']}")
+        os.replace(previous, newest)  # as the older of two it would be the next to go
+    return state
+
+
+def restore(state, classifier, optimizer):
+    """Put a checkpoint's model, optimizer and random state back; return its Progress.
+
+    Raises UserError where the run began on another kind of device, or the model is another one.
+    """
+    if state["device"] != classifier.device.type:
+        raise UserError(f"--resume: the run began on {state['device']} and would go on with other numbers "
+                        f"on {classifier.device.type}")
+    parameters = {name: p for name, p in classifier.model.named_parameters() if p.requires_grad}
+    if ({name: p.shape for name, p in parameters.items()}
+            != {name: tensor.shape for name, tensor in state["trainable"].items()}):
+        raise UserError("--resume: the model is not the one the checkpoint was made of; its parameters are others")
     with torch.no_grad():
         for name, tensor in state["trainable"].items():
             parameters[name].copy_(tensor)

@@ -1,20 +1,19 @@
 """Command lines: the flags both train scripts share, and how a script ends when something is wrong."""
 
 import argparse
-import errno
 import logging
 import shlex
 import signal
 import sys
 
 from finetuning.errors import UserError
+from finetuning.files import DISK_TROUBLE
+from finetuning.interrupts import exit_status, raise_terminated
 
 CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
-# Failures of the disk or its permissions are the world's, not a bug.
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # Flags that do not change what is learned, or that a run's name shows anyway.
 NOT_IN_NAMES = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir", "models_dir",
-                "device", "compile", "resume", "eval_freq", "eval_iter"}
+                "device", "compile", "resume", "checkpoint_minutes", "eval_freq", "eval_iter"}
 
 
 def variant(key, value):
@@ -121,6 +120,8 @@ def add_training_arguments(parser, *, learning_rate):
                        help="of the arithmetic; auto: bf16 where the hardware has it natively, else fp32; "
                             "tf32: on CUDA only")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    group.add_argument("--checkpoint_minutes", type=positive_float, default=10, metavar="X",
+                       help="minutes of training between two checkpoints; each epoch ends with one, too")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
 
 
@@ -129,14 +130,9 @@ def note(message):
     print(message, file=sys.stderr, flush=True)
 
 
-def _leave(signal_number, frame):
-    # SystemExit unwinds the stack, so that `finally` blocks remove temporary files.
-    sys.exit(128 + signal_number)
-
-
 def run(main):
     """Run a script's `main()`; a user's error, a full disk or Ctrl-C ends in one line instead of a traceback."""
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, raise_terminated)
     # The Hub's client reports every retry; how it ended is one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
@@ -149,6 +145,9 @@ def run(main):
             raise
         note(f"{sys.argv[0]}: {error.strerror}: {error.filename or 'while writing'}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        note("Interrupted.")
-        sys.exit(130)
+    except MemoryError:
+        note(f"{sys.argv[0]}: out of memory")
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        note(str(error) or "Interrupted.")
+        sys.exit(exit_status(error))

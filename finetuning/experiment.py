@@ -2,19 +2,24 @@
 
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from finetuning import records
-from finetuning.checkpoint import CheckpointWriter, load_checkpoint
+from finetuning.checkpoint import CheckpointWriter, find_checkpoint, is_unfinished, restore, run_identity
 from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.features import compute_once
+from finetuning.files import held
+from finetuning.interrupts import put_off
 from finetuning.layers import count_parameters
 from finetuning.loop import Classifier, Progress, accuracy, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
 from finetuning.plots import draw_run
-from finetuning.reviews import copies_in_training_set
+from finetuning.reviews import check_dataset, copies_in_training_set
 from finetuning.runtime import (
     compile_model,
     hardware,
@@ -26,39 +31,75 @@ from finetuning.runtime import (
 )
 
 
-def run_experiment(args, name, model, head, read_logits, train, validation, test):
-    """Fine-tune `model` as `args` say, print the published log, and leave the run's record.
+class Setting(NamedTuple):
+    """What is known of a run before its model is there."""
 
-    `read_logits(model, batch)` returns the class logits (batch, 2); `head` is the output layer;
-    `train`, `validation` and `test` are IMDbDatasets.
+    folder: Path
+    facts: dict  # as `records.facts` returns them
+    copies: np.ndarray  # (test reviews,) bool: which stand in the training set
+    checkpoint: dict | None  # to go on from
+    device: torch.device
+    precision: str
+    reason: str  # of that precision
+
+
+def run_experiment(args, name, build):
+    """Fine-tune a model as `args` say, print the published log, and leave the run's record.
+
+    `build(args)` returns the model, its output layer, `read_logits(model, batch)`, which returns
+    the class logits (batch, 2), and the training, validation and test set as IMDbDatasets. What can
+    be refused without it is refused first.
     """
-    if len(train) < args.batch_size:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} reviews of the training set")
-    facts, copies = records.facts(args), copies_in_training_set(args.data_dir)
     folder = records.run_folder(args, name)
+    with held(folder, "--output_dir"), way_to_go_on(folder, args.command), memory_advice():
+        setting = prepare(args, folder)
+        fine_tune(args, name, setting, *build(args))
 
-    with memory_advice():
-        classifier, setting = place(args, model, read_logits)
-        started = time.perf_counter()
-        classifier, (train, validation, test) = compute_once(args, classifier, head, train, validation, test)
-        torch.manual_seed(args.seed)
-        optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
-        progress = load_checkpoint(folder, classifier, optimizer, facts) if args.resume else Progress()
-        progress.seconds += time.perf_counter() - started
-        records.make_folder(folder)
-        writer = CheckpointWriter(folder, classifier, optimizer, facts)
+
+def prepare(args, folder):
+    """The run's Setting; raises UserError for all that can be seen to be wrong without a model."""
+    if check_dataset(args.data_dir) < args.batch_size:
+        raise UserError(f"--batch_size {args.batch_size} is more than the reviews of the training set")
+    facts = records.facts(args)
+    checkpoint = find_checkpoint(folder, run_identity(facts)) if args.resume else None
+    if not args.resume and is_unfinished(folder):
+        raise UserError(f"{folder} holds the checkpoint of an unfinished run: add --resume to go on with it, "
+                        "or delete it to start again")
+    device = select_device(args.device)
+    # What "auto" finds out by trying could differ from one time to the next.
+    precision, reason = ((checkpoint["precision"], "as the run began") if checkpoint
+                         else select_precision(args.precision, device))
+    return Setting(folder, facts, copies_in_training_set(args.data_dir), checkpoint, device, precision, reason)
+
+
+def fine_tune(args, name, setting, model, head, read_logits, train, validation, test):
+    """What `run_experiment` says, once all that it needs is there."""
+    folder, facts, copies, checkpoint, *_ = setting
+    classifier, described = place(setting, model, read_logits, args.compile)
+    started = time.perf_counter()
+    classifier, (train, validation, test) = compute_once(args, classifier, head, train, validation, test)
+    torch.manual_seed(args.seed)
+    optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
+    progress = restore(checkpoint, classifier, optimizer) if checkpoint else Progress()
+    progress.seconds += time.perf_counter() - started
+    writer = CheckpointWriter(folder, classifier, optimizer, run_identity(facts), args.checkpoint_minutes)
+    with put_off() as interrupts:
+        def after_step(progress):
+            writer(progress, now=bool(interrupts))
+            if interrupts:
+                raise interrupts[0]
         progress = train_classifier_simple(
             classifier, optimizer, train, validation, num_epochs=args.num_epochs, batch_size=args.batch_size,
             max_steps=args.max_steps, eval_freq=args.eval_freq, eval_iter=args.eval_iter,
-            group_by_length=args.group_by_length, progress=progress, after_step=writer)
-        print(f"Training completed in {progress.seconds / 60:.2f} minutes.", flush=True)
+            group_by_length=args.group_by_length, progress=progress, after_step=after_step)
+    print(f"Training completed in {progress.seconds / 60:.2f} minutes.", flush=True)
 
-        print("\nEvaluating on the full datasets ...\n", flush=True)
-        started = time.perf_counter()
-        splits = {"train": train, "validation": validation, "test": test}
-        logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
-        synchronize(classifier.device)
-        seconds = time.perf_counter() - started
+    print("\nEvaluating on the full datasets ...\n", flush=True)
+    started = time.perf_counter()
+    splits = {"train": train, "validation": validation, "test": test}
+    logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
+    synchronize(classifier.device)
+    seconds = time.perf_counter() - started
     accuracies = {split: accuracy(logits[split], reviews.labels) for split, reviews in splits.items()}
     print(f"Training accuracy: {accuracies['train']:.2%}")
     print(f"Validation accuracy: {accuracies['validation']:.2%}")
@@ -66,7 +107,7 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
 
     counts = {split: len(reviews) for split, reviews in splits.items()}
     records.write_record(folder, {
-        **facts, **setting, "name": name,
+        **facts, **described, "name": name,
         "losses": [round(float(loss), 6) for loss in progress.losses], "curve": rounded(progress.curve),
         "epochs": rounded(progress.epochs), "accuracy": accuracies, "reviews": counts,
         "seconds": {"training": progress.seconds, "evaluation": seconds},
@@ -74,31 +115,41 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
                                "evaluation": sum(counts.values()) / seconds},
         "peak_memory": peak_memory(classifier.device),
     }, copies, test.labels, logits["test"].double().softmax(dim=-1)[:, 1].numpy())
-    writer.remove()
     draw_run(folder)
+    writer.remove()
     note(f"Record: {folder / records.RECORD}")
 
 
-def place(args, model, read_logits):
-    """Put the model where and how `args` say, and tell; returns the Classifier and that part of the record."""
-    device = select_device(args.device)
-    precision, reason = select_precision(args.precision, device)
+def place(setting, model, read_logits, compiled):
+    """Put the model where and how it shall compute, and tell; returns the Classifier and that part of the record."""
     total, trainable = count_parameters(model)
-    note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
+    device = setting.device
+    note(f"Device: {device} ({hardware(device)})\nPrecision: {setting.precision} ({setting.reason})\n"
          f"Parameters: {total:,}, of which {trainable:,} are trained")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if setting.precision == "tf32" else "highest")
     if device.type == "cpu":
         keep_freed_memory()
-    if args.compile:
+    if compiled:
         compile_model(model, device)
-    return Classifier(model.to(device), read_logits, device, precision), {
-        "hardware": hardware(device), "precision": {"used": precision, "why": reason},
+    return Classifier(model.to(device), read_logits, device, setting.precision), {
+        "hardware": hardware(device), "precision": {"used": setting.precision, "why": setting.reason},
         "parameters": {"all": total, "trainable": trainable}}
 
 
 def rounded(rows):
     """The rows of a curve with as many digits as mean anything."""
     return [{key: round(value, 6) for key, value in row.items()} for row in rows]
+
+
+@contextmanager
+def way_to_go_on(folder, command):
+    """Let an interrupt say what to type to go on, where there is something to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if is_unfinished(folder):
+            error.args = (f"Interrupted; to go on: {command.removesuffix(' --resume')} --resume",)
+        raise
 
 
 @contextmanager

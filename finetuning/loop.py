@@ -1,5 +1,6 @@
 """Loss, accuracy, evaluation, and the one training loop of every neural model here."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from torch import nn
 
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
 from finetuning.dropout import quick_dropout
+from finetuning.errors import UserError
 from finetuning.runtime import autocast, is_compiled, synchronize
 
 # Tokens in a batch of evaluation: enough to keep the device busy, no more memory than training takes.
@@ -92,6 +94,15 @@ def evaluate_model(classifier, train, validation):
     return calc_loss_loader(train, classifier), calc_loss_loader(validation, classifier)
 
 
+def check_losses(progress, updates):
+    """Raise UserError if the loss of one of the last `updates` is no finite number; a GPU has to wait for that."""
+    recent = progress.losses[-updates:]
+    for step, loss in enumerate(map(float, recent), start=len(progress.losses) - len(recent)):
+        if not math.isfinite(loss):
+            raise UserError(f"the training loss is {loss} at step {step}; try a smaller --learning_rate or "
+                            "--precision fp32; the last checkpoint is from before")
+
+
 def train_classifier_simple(classifier, optimizer, train, validation, *, num_epochs, batch_size, max_steps=None,
                             eval_freq=50, eval_iter=20, group_by_length=False, progress=None,
                             after_step=lambda progress: None):
@@ -101,7 +112,7 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
     `eval_iter` batches' worth of reviews of each set, and after each epoch the accuracies.
     `group_by_length` puts reviews of similar length into a batch.
     Given an unfinished run's `progress`, it goes on from there. `after_step` is called between
-    two updates.
+    two updates. Raises UserError at the first log line after a loss that is no finite number.
     """
     progress = progress or Progress()
     train_sample, validation_sample = (reviews.first(eval_iter * batch_size) for reviews in (train, validation))
@@ -121,6 +132,7 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
             optimizer.zero_grad()
             progress.losses.append(loss.detach())  # reading its value here would make the GPU wait
             if progress.step % eval_freq == 0:
+                check_losses(progress, eval_freq)
                 train_loss, validation_loss = evaluate_model(classifier, train_sample, validation_sample)
                 progress.curve.append(
                     {"step": progress.step, "train_loss": train_loss, "validation_loss": validation_loss})
@@ -130,6 +142,7 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
             progress.seconds = time.perf_counter() - started
             if progress.step % steps_per_epoch and progress.step < last_step:
                 after_step(progress)
+        check_losses(progress, eval_freq)
         progress.order = None
         train_accuracy, validation_accuracy = (
             calc_accuracy_loader(reviews, classifier) for reviews in (train_sample, validation_sample))

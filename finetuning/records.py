@@ -33,7 +33,6 @@ A picture, `curves.svg`, is drawn from the two by `finetuning.plots`.
 """
 
 import json
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
@@ -66,16 +65,6 @@ SCHEMA = {
 def run_folder(args, name):
     """The folder a run writes to: --output_dir, or results/ and the run's name."""
     return Path(args.output_dir or Path("results") / name)
-
-
-def make_folder(folder):
-    """Make a run's folder and try to write to it, before the work and not after; raises UserError if that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
 
 
 def facts(args):

@@ -17,18 +17,34 @@ def load_dataframes(data_dir="."):
 
     Returns three data frames with a string column `text` and an integer column `label`,
     1 for a positive review and 0 for a negative one. Raises UserError where a file is missing
-    or holds anything else.
+    or holds anything else, or the training set holds reviews of one class only.
     """
     check_presence(data_dir)
-    return tuple(read_reviews(path) for path in csv_paths(data_dir))
+    frames = tuple(read_reviews(path) for path in csv_paths(data_dir))
+    check_classes(frames[0]["label"], data_dir)
+    return frames
 
 
 def check_dataset(data_dir="."):
-    """Raise the UserError that `load_dataframes` would raise, without holding the reviews in memory."""
+    """Raise the UserError that `load_dataframes` would raise, without holding the reviews in memory.
+
+    Returns the number of training reviews.
+    """
     check_presence(data_dir)
-    for path in csv_paths(data_dir):
+    train, *others = csv_paths(data_dir)
+    labels = np.concatenate([frame["label"] for frame in iterate_reviews(train)])
+    check_classes(labels, data_dir)
+    for path in others:
         for _ in iterate_reviews(path):
             pass
+    return len(labels)
+
+
+def check_classes(labels, data_dir):
+    """Raise UserError where the training set has one class only: there is nothing to tell apart."""
+    if len(set(labels)) < 2:
+        only = "positive" if labels[0] else "negative"
+        raise UserError(f"{csv_paths(data_dir)[0]} holds {only} reviews only; training needs both kinds")
 
 
 def check_presence(data_dir):
@@ -63,6 +79,9 @@ def iterate_reviews(path):
         with pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=CHUNK) as chunks:
             empty = True
             for chunk in chunks:
+                # Where rows have more fields than the header, pandas takes the first ones for names of the rows.
+                if not isinstance(chunk.index, pd.RangeIndex):
+                    raise UserError(f"{path} is not a CSV file: its rows have more fields than its first line")
                 rows = checked(chunk, path)
                 if len(rows):
                     empty = False
@@ -83,6 +102,9 @@ def checked(frame, path):
     if len(wrong):
         raise UserError(f"{path}, review {wrong.index[0] + 1}: label {wrong['label'].iloc[0]!r} "
                         "is neither 0 (negative) nor 1 (positive)")
+    torn = frame[frame["text"].str.contains("\0", regex=False)]
+    if len(torn):
+        raise UserError(f"{path}, review {torn.index[0] + 1}: the text holds a NUL byte; the file is damaged")
     blank = frame[frame["text"].str.strip() == ""]
     if len(blank):
         raise UserError(f"{path}, review {blank.index[0] + 1}: the text is empty")

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from finetuning.errors import UserError
-from finetuning.files import sha256
+from finetuning.files import disk_named, locked, sha256
 from finetuning.reviews import csv_paths, iterate_reviews
 
+UNFINISHED = ".unfinished"
 FILES = ("ids.bin", "lengths.npy", "labels.npy")
 
 
@@ -89,23 +90,35 @@ def digest(folder):
 
 
 def build(folder, path, tokenizer, max_length):
-    """Tokenize a CSV file piece by piece into a cache entry, which appears only once it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        lengths, labels = [], []
-        with open(temporary / FILES[0], "wb") as ids_file:
-            for frame in iterate_reviews(path):
-                tokens = flatten(tokenizer.encode(frame["text"].tolist(), max_length), frame["label"])
-                tokens.ids.tofile(ids_file)
-                lengths.append(tokens.lengths)
-                labels.append(tokens.labels)
-        np.save(temporary / FILES[1], np.concatenate(lengths))
-        np.save(temporary / FILES[2], np.concatenate(labels))
-        (temporary / "sha256").write_text(digest(temporary), encoding="ascii")
-        if is_whole(folder):  # another run was faster
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Tokenize a CSV file piece by piece into a cache entry, which appears only once it is whole.
+
+    One process at a time does so; the others wait, and find the entry.
+    """
+    with disk_named(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent, wait=True):
+            if is_whole(folder):
+                return
+            temporary = folder.parent / UNFINISHED
+            shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+            try:
+                tokenize(temporary, path, tokenizer, max_length)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tokenize(folder, path, tokenizer, max_length):
+    """Write a cache entry's files."""
+    folder.mkdir()
+    lengths, labels = [], []
+    with open(folder / FILES[0], "wb") as ids_file:
+        for frame in iterate_reviews(path):
+            tokens = flatten(tokenizer.encode(frame["text"].tolist(), max_length), frame["label"])
+            ids_file.write(tokens.ids)
+            lengths.append(tokens.lengths)
+            labels.append(tokens.labels)
+    np.save(folder / FILES[1], np.concatenate(lengths))
+    np.save(folder / FILES[2], np.concatenate(labels))
+    (folder / "sha256").write_text(digest(folder), encoding="ascii")

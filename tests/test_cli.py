@@ -68,7 +68,7 @@ def test_mistyped_arguments(script, arguments, message, failing):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
     (["--device", "gpu"], "--device gpu is no device"),
-    (["--batch_size", "49"], "--batch_size 49 is more than the 48 reviews"),
+    (["--batch_size", "49"], "--batch_size 49 is more than the reviews"),
     (["--context_length", "41"], "--context_length 41 is more than the 40 tokens"),
     (["--resume"], "there is no checkpoint"),
 ])

@@ -12,6 +12,7 @@ import train_bert_hf
 import train_gpt
 from benchmarks import reference
 from finetuning.batches import IMDbDataset
+from finetuning.errors import UserError
 from finetuning.layers import set_trainable
 from finetuning.loop import (
     EVALUATION_TOKENS,
@@ -184,6 +185,20 @@ def test_the_published_console_format(capsys):
         full = (r"Training accuracy: \d+\.\d\d% \| Validation accuracy: \d+\.\d\d%" if pattern == "accuracy"
                 else pattern + r": Train loss \d+\.\d{3}, Val loss \d+\.\d{3}")
         assert re.fullmatch(full, line), line
+
+
+@pytest.mark.parametrize(("broken", "named"), [(0, 0), (3, 3), (7, 7), (9, 9)])
+def test_a_loss_that_is_no_number_is_noticed_at_the_next_log_line(broken, named, capsys):
+    model, layers = gpt()
+    calls = []
+
+    def read(model, batch):
+        if model.training:
+            calls.append(1)
+        return train_gpt.read_last(model, batch) * (float("nan") if len(calls) == broken + 1 else 1)
+    with pytest.raises(UserError, match=f"the training loss is nan at step {named};"):
+        train(model, layers.head, read, gpt_dataset(reviews(40)), eval_freq=3)
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_a_log_line_looks_at_eval_iter_batches_of_each_set():

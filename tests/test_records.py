@@ -70,7 +70,7 @@ def test_an_interrupted_write_leaves_the_old_record(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"No space left on device \(disk /"):
         write_example(tmp_path, name="another")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -1,4 +1,7 @@
+import os
 import shutil
+import signal
+import sys
 
 import pandas as pd
 import pytest
@@ -7,6 +10,7 @@ from conftest import REPOSITORY, write_example
 import reproduce
 from finetuning import report
 from finetuning.errors import UserError
+from finetuning.interrupts import Terminated, raise_terminated
 from finetuning.records import RECORD, read_record
 from reproduce import Experiment
 
@@ -38,6 +42,34 @@ def test_rows_run_once_and_a_failure_does_not_stop_the_others(root, capfd):
     out, err = capfd.readouterr()
     assert "recorded already in results/logreg-counts-seed123" in err
     assert "Logistic regression classifier:" not in out
+
+
+SAVES_BEFORE_IT_LEAVES = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep(0.6)  # longer than subprocess.run would wait before it kills
+    open("saved", "w").close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+for number in sys.argv[1:]:
+    os.kill(int(number), signal.SIGTERM if len(sys.argv) == 2 else signal.SIGINT)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("by_keyboard", [False, True])
+def test_an_interrupt_lets_the_run_save(root, by_keyboard, monkeypatch):
+    """SIGTERM comes to reproduce.py alone, Ctrl-C to the run as well."""
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        with pytest.raises(KeyboardInterrupt if by_keyboard else Terminated):
+            reproduce.run_to_end(["sh", "-c", 'exec "$0" "$@"' + " $$" * by_keyboard, sys.executable, "-c",
+                                  SAVES_BEFORE_IT_LEAVES, str(os.getpid())])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (root / "saved").exists()
 
 
 def test_other_data_is_another_experiment(root, capfd):

@@ -1,10 +1,12 @@
 import os
 import shutil
+import time
 import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
+from processes import CONTEXT, DEADLINE
 
 from finetuning import tokens
 from finetuning.errors import UserError
@@ -97,17 +99,35 @@ def test_an_unfinished_entry_is_no_entry(folder):
     assert as_lists(cached_tokens(folder / "train.csv", numbers(), 3)) == [[1, 2, 3], [5], [6, 7]]
 
 
-def test_two_runs_at_once_agree(folder):
-    """The one that finishes second finds the first one's entry and keeps it."""
-    path = folder / "train.csv"
-    entry = []
-
-    def slow(texts, max_length):
-        if not entry:
-            entry.append(cached_tokens(path, numbers(), 3))  # the other run starts later and ends earlier
+def tokenize_elsewhere(path, calls, results):
+    """A run in a process of its own, which takes its time."""
+    def encode(texts, max_length):
+        calls.put(os.getpid())
+        time.sleep(0.3)
         return numbers().encode(texts, max_length)
-    found = cached_tokens(path, Tokenizer(slow, "numbers", 0), 3)
-    assert as_lists(found) == as_lists(entry[0])
+    results.put(as_lists(cached_tokens(path, Tokenizer(encode, "numbers", 0), 3)))
+
+
+def test_of_runs_at_once_one_tokenizes_and_the_others_wait(folder):
+    calls, results = CONTEXT.Queue(), CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=tokenize_elsewhere, args=(folder / "train.csv", calls, results))
+                 for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=DEADLINE) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [[[1, 2, 3], [5], [6, 7]]] * 3
+    calls.get(timeout=1)
+    assert calls.empty()
+    assert len(list((folder / "token_cache").iterdir())) == 1
+
+
+def test_what_a_killed_run_left_is_in_nobodys_way(folder):
+    left = folder / "token_cache" / tokens.UNFINISHED
+    left.mkdir(parents=True)
+    (left / "ids.bin").write_bytes(b"half")
+    assert as_lists(cached_tokens(folder / "train.csv", numbers(), 3)) == [[1, 2, 3], [5], [6, 7]]
     assert len(list((folder / "token_cache").iterdir())) == 1
 
 

@@ -124,7 +124,8 @@ def test_padding_reaches_the_full_length_where_the_class_is_read_from_it(
 def test_context_lengths(tiny_gpt, data_dir, failing):
     command = ["--model_size", tiny_gpt, "--weights", "random", "--data_dir", str(data_dir), "--context_length"]
     texts = reviews(48)["text"]
-    (data_dir / "train.csv").write_text("text,label\n" + "".join(f"{text[:50]},1\n" for text in texts))
+    (data_dir / "train.csv").write_text("text,label\n" + "".join(f"{text[:50]},{i % 2}\n"
+                                                                     for i, text in enumerate(texts)))
     for value, longest in (("30", 30), ("longest_training_example", 50), ("model_context_length", 50)):
         *_, train, validation, test = train_gpt.build(train_gpt.parse_args([*command, value]))
         assert train.lengths.max() == longest
