@@ -6,6 +6,7 @@ gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding mas
 """
 
 import hashlib
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -56,7 +57,7 @@ MODELS = {
 
 def main(argv=None):
     args = parse_args(argv)
-    run_experiment(args, run_name(args), *build(args))
+    run_experiment(args, run_name(args), build)
 
 
 def build(args):
@@ -100,6 +101,8 @@ def load_model(name, seed):
     """
     source = MODELS[name].hub_id if name in MODELS else name
     transformers.logging.set_verbosity_error()  # what matters of its warnings, our own lines say
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         torch.manual_seed(seed)

@@ -33,7 +33,7 @@ NUM_CLASSES = 2
 
 def main(argv=None):
     args = parse_args(argv)
-    run_experiment(args, run_name(args), *build(args))
+    run_experiment(args, run_name(args), build)
 
 
 def build(args):

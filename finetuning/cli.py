@@ -3,9 +3,11 @@
 import argparse
 import errno
 import logging
+import os
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
 
 from finetuning.errors import UserError
 
@@ -14,12 +16,24 @@ CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # Flags that do not change what is learned, or that a run's name shows anyway.
 NOT_IN_NAMES = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir", "models_dir",
-                "device", "compile", "resume", "eval_freq", "eval_iter"}
+                "device", "compile", "resume", "eval_freq", "eval_iter", "accumulate", "tensorboard"}
 
 
 def variant(key, value):
     """A flag's value as part of a folder's name."""
     return key if value is True else f"{key}_{value}".replace("/", "-")
+
+
+def launcher():
+    """What was typed before the script's name."""
+    if under_torchrun():
+        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    return ["python"]
+
+
+def under_torchrun():
+    """Whether torchrun has started this process, perhaps one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -38,13 +52,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Parse; also keep what was typed as `command`, and as `variants` what a run's name should tell."""
         namespace = super().parse_args(args, namespace)
-        namespace.command = shlex.join(["python", self.prog, *(sys.argv[1:] if args is None else args)])
+        namespace.command = shlex.join([*launcher(), self.prog, *(sys.argv[1:] if args is None else args)])
         namespace.variants = [variant(key, value) for key, value in vars(namespace).items()
                               if key not in NOT_IN_NAMES and value != self.get_default(key)]
         return namespace
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        raise UserError(f"{message} (see --help)")
 
 
 def positive_int(text):
@@ -108,6 +122,8 @@ def add_training_arguments(parser, *, learning_rate):
     group.add_argument("--max_steps", type=positive_int, metavar="N",
                        help="stop after exactly this many updates (default: no limit)")
     group.add_argument("--batch_size", type=positive_int, default=8, metavar="N", help="reviews per update")
+    group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
+                       help="work through each batch in this many parts: less memory, the same update")
     group.add_argument("--learning_rate", type=positive_float, default=learning_rate, metavar="X", help="constant")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
                        help="muon: Muon for the hidden matrices, AdamW for the rest")
@@ -121,6 +137,7 @@ def add_training_arguments(parser, *, learning_rate):
                        help="of the arithmetic; auto: bf16 where the hardware has it natively, else fp32; "
                             "tf32: on CUDA only")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    group.add_argument("--tensorboard", action="store_true", help="write the curve for TensorBoard, too")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
 
 
@@ -134,13 +151,22 @@ def _leave(signal_number, frame):
     sys.exit(128 + signal_number)
 
 
+def voice():
+    """The context of a script's work: one in which only one of several processes reports a failure."""
+    if not under_torchrun():
+        return nullcontext()
+    from finetuning.distributed import one_voice  # imports torch, which not every script does
+    return one_voice()
+
+
 def run(main):
     """Run a script's `main()`; a user's error, a full disk or Ctrl-C ends in one line instead of a traceback."""
     signal.signal(signal.SIGTERM, _leave)
     # The Hub's client reports every retry; how it ended is one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        main()
+        with voice():
+            main()
     except UserError as error:
         note(f"{sys.argv[0]}: {' '.join(str(error).split())}")
         sys.exit(2)

@@ -69,6 +69,7 @@ def test_mistyped_arguments(script, arguments, message, failing):
     (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
     (["--device", "gpu"], "--device gpu is no device"),
     (["--batch_size", "49"], "--batch_size 49 is more than the 48 reviews"),
+    (["--accumulate", "9"], "--batch_size 8 is too small for --accumulate 9: each part needs a review"),
     (["--context_length", "41"], "--context_length 41 is more than the 40 tokens"),
     (["--resume"], "there is no checkpoint"),
 ])
@@ -113,7 +114,7 @@ def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_pat
         cli.run(train_gpt.main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "train_gpt.py: out of memory; try a smaller --batch_size or a shorter --context_length")
+        "train_gpt.py: out of memory; try --accumulate 2 or more, a smaller --batch_size or a shorter --context_length")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
