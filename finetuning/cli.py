@@ -116,28 +116,30 @@ def add_model_arguments(parser, *, trainable_layers):
 
 
 def add_training_arguments(parser, *, learning_rate):
-    """Add the flags about training that both train scripts share."""
+    """Add the flags about training, its log and the machine that both train scripts share."""
     group = parser.add_argument_group("training")
     group.add_argument("--num_epochs", type=positive_int, default=1, metavar="N", help="passes over the training set")
     group.add_argument("--max_steps", type=positive_int, metavar="N",
                        help="stop after exactly this many updates (default: no limit)")
     group.add_argument("--batch_size", type=positive_int, default=8, metavar="N", help="reviews per update")
-    group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
-                       help="work through each batch in this many parts: less memory, the same update")
     group.add_argument("--learning_rate", type=positive_float, default=learning_rate, metavar="X", help="constant")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
                        help="muon: Muon for the hidden matrices, AdamW for the rest")
     group.add_argument("--group_by_length", action="store_true",
                        help="batches of similar length: less padding, other batches than published")
-    group.add_argument("--eval_freq", type=positive_int, default=50, metavar="N", help="updates between two log lines")
-    group.add_argument("--eval_iter", type=positive_int, default=20, metavar="N",
-                       help="batches of each set that a log line looks at")
+    log = parser.add_argument_group("log")
+    log.add_argument("--eval_freq", type=positive_int, default=50, metavar="N", help="updates between two log lines")
+    log.add_argument("--eval_iter", type=positive_int, default=20, metavar="N",
+                     help="batches of each set that a log line looks at")
+    log.add_argument("--tensorboard", action="store_true", help="write the curve for TensorBoard, too")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
+                       help="work through each batch in this many parts: less memory, the same update")
     group.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
     group.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
                        help="of the arithmetic; auto: bf16 where the hardware has it natively, else fp32; "
                             "tf32: on CUDA only")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    group.add_argument("--tensorboard", action="store_true", help="write the curve for TensorBoard, too")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
 
 
