@@ -6,6 +6,7 @@ gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding mas
 """
 
 import hashlib
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -99,6 +100,8 @@ def load_model(name, seed):
     """
     source = MODELS[name].hub_id if name in MODELS else name
     transformers.logging.set_verbosity_error()  # what matters of its warnings, our own lines say
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         torch.manual_seed(seed)

@@ -56,7 +56,8 @@ def build(args):
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fine-tune GPT-2 on the IMDb movie reviews.")
     model = add_model_arguments(parser, trainable_layers="last_block")
-    model.add_argument("--model_size", choices=list(MODEL_CONFIGS), default="gpt2-small (124M)", help="which GPT-2")
+    model.add_argument("--model_size", choices=list(MODEL_CONFIGS), default="gpt2-small (124M)", metavar="SIZE",
+                       help=", ".join(MODEL_CONFIGS))
     model.add_argument("--weights", choices=["pretrained", "random"], default="pretrained", help="where to start from")
     model.add_argument("--models_dir", help="folder for the downloaded weights (default: the Hugging Face cache)")
     model.add_argument("--trainable_token_pos", choices=list(TOKEN_POSITIONS), default="last",

@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import os
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
 
 from finetuning.errors import UserError
 from finetuning.files import DISK_TROUBLE
@@ -13,12 +15,25 @@ from finetuning.interrupts import exit_status, raise_terminated
 CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
 # Flags that do not change what is learned, or that a run's name shows anyway.
 NOT_IN_NAMES = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir", "models_dir",
-                "device", "compile", "resume", "checkpoint_minutes", "eval_freq", "eval_iter"}
+                "device", "compile", "resume", "checkpoint_minutes", "eval_freq", "eval_iter", "accumulate",
+                "tensorboard"}
 
 
 def variant(key, value):
     """A flag's value as part of a folder's name."""
     return key if value is True else f"{key}_{value}".replace("/", "-")
+
+
+def launcher():
+    """What was typed before the script's name."""
+    if under_torchrun():
+        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    return ["python"]
+
+
+def under_torchrun():
+    """Whether torchrun has started this process, perhaps one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -37,13 +52,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Parse; also keep what was typed as `command`, and as `variants` what a run's name should tell."""
         namespace = super().parse_args(args, namespace)
-        namespace.command = shlex.join(["python", self.prog, *(sys.argv[1:] if args is None else args)])
+        namespace.command = shlex.join([*launcher(), self.prog, *(sys.argv[1:] if args is None else args)])
         namespace.variants = [variant(key, value) for key, value in vars(namespace).items()
                               if key not in NOT_IN_NAMES and value != self.get_default(key)]
         return namespace
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        raise UserError(f"{message} (see --help)")
 
 
 def positive_int(text):
@@ -101,7 +116,7 @@ def add_model_arguments(parser, *, trainable_layers):
 
 
 def add_training_arguments(parser, *, learning_rate):
-    """Add the flags about training that both train scripts share."""
+    """Add the flags about training, its log and the machine that both train scripts share."""
     group = parser.add_argument_group("training")
     group.add_argument("--num_epochs", type=positive_int, default=1, metavar="N", help="passes over the training set")
     group.add_argument("--max_steps", type=positive_int, metavar="N",
@@ -112,9 +127,14 @@ def add_training_arguments(parser, *, learning_rate):
                        help="muon: Muon for the hidden matrices, AdamW for the rest")
     group.add_argument("--group_by_length", action="store_true",
                        help="batches of similar length: less padding, other batches than published")
-    group.add_argument("--eval_freq", type=positive_int, default=50, metavar="N", help="updates between two log lines")
-    group.add_argument("--eval_iter", type=positive_int, default=20, metavar="N",
-                       help="batches of each set that a log line looks at")
+    log = parser.add_argument_group("log")
+    log.add_argument("--eval_freq", type=positive_int, default=50, metavar="N", help="updates between two log lines")
+    log.add_argument("--eval_iter", type=positive_int, default=20, metavar="N",
+                     help="batches of each set that a log line looks at")
+    log.add_argument("--tensorboard", action="store_true", help="write the curve for TensorBoard, too")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
+                       help="work through each batch in this many parts: less memory, the same update")
     group.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
     group.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
                        help="of the arithmetic; auto: bf16 where the hardware has it natively, else fp32; "
@@ -130,13 +150,22 @@ def note(message):
     print(message, file=sys.stderr, flush=True)
 
 
+def voice():
+    """The context of a script's work: one in which only one of several processes reports a failure."""
+    if not under_torchrun():
+        return nullcontext()
+    from finetuning.distributed import one_voice  # imports torch, which not every script does
+    return one_voice()
+
+
 def run(main):
     """Run a script's `main()`; a user's error, a full disk or Ctrl-C ends in one line instead of a traceback."""
     signal.signal(signal.SIGTERM, raise_terminated)
     # The Hub's client reports every retry; how it ended is one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        main()
+        with voice():
+            main()
     except UserError as error:
         note(f"{sys.argv[0]}: {' '.join(str(error).split())}")
         sys.exit(2)

@@ -1,22 +1,23 @@
 """One whole run: from a model and three tokenized sets to the printed accuracies and the record."""
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from finetuning import records
+from finetuning import distributed, records
 from finetuning.checkpoint import CheckpointWriter, find_checkpoint, is_unfinished, restore, run_identity
 from finetuning.cli import note
+from finetuning.console import training_bar
 from finetuning.errors import UserError
 from finetuning.features import compute_once
 from finetuning.files import held
 from finetuning.interrupts import put_off
 from finetuning.layers import count_parameters
-from finetuning.loop import Classifier, Progress, accuracy, predict, train_classifier_simple
+from finetuning.loop import Classifier, Progress, accuracy, count_steps, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
 from finetuning.plots import draw_run
 from finetuning.reviews import check_dataset, copies_in_training_set
@@ -29,6 +30,7 @@ from finetuning.runtime import (
     select_precision,
     synchronize,
 )
+from finetuning.tensorboard import TensorBoard
 
 
 class Setting(NamedTuple):
@@ -41,8 +43,10 @@ class Setting(NamedTuple):
     device: torch.device
     precision: str
     reason: str  # of that precision
+    boards: list[TensorBoard]  # at most one
 
 
+@distributed.processes()
 def run_experiment(args, name, build):
     """Fine-tune a model as `args` say, print the published log, and leave the run's record.
 
@@ -51,15 +55,16 @@ def run_experiment(args, name, build):
     be refused without it is refused first.
     """
     folder = records.run_folder(args, name)
-    with held(folder, "--output_dir"), way_to_go_on(folder, args.command), memory_advice():
-        setting = prepare(args, folder)
-        fine_tune(args, name, setting, *build(args))
+    lock = held(folder, "--output_dir") if distributed.is_first() else nullcontext()
+    with lock, way_to_go_on(folder, args.command), memory_advice():
+        with distributed.first_process_first():
+            setting, built = prepare(args, folder), build(args)
+        fine_tune(args, name, setting, *built)
 
 
 def prepare(args, folder):
     """The run's Setting; raises UserError for all that can be seen to be wrong without a model."""
-    if check_dataset(args.data_dir) < args.batch_size:
-        raise UserError(f"--batch_size {args.batch_size} is more than the reviews of the training set")
+    check_batches(args, check_dataset(args.data_dir))
     facts = records.facts(args)
     checkpoint = find_checkpoint(folder, run_identity(facts)) if args.resume else None
     if not args.resume and is_unfinished(folder):
@@ -69,7 +74,8 @@ def prepare(args, folder):
     # What "auto" finds out by trying could differ from one time to the next.
     precision, reason = ((checkpoint["precision"], "as the run began") if checkpoint
                          else select_precision(args.precision, device))
-    return Setting(folder, facts, copies_in_training_set(args.data_dir), checkpoint, device, precision, reason)
+    boards = [TensorBoard(folder)] if args.tensorboard else []
+    return Setting(folder, facts, copies_in_training_set(args.data_dir), checkpoint, device, precision, reason, boards)
 
 
 def fine_tune(args, name, setting, model, head, read_logits, train, validation, test):
@@ -81,17 +87,23 @@ def fine_tune(args, name, setting, model, head, read_logits, train, validation, 
     torch.manual_seed(args.seed)
     optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
     progress = restore(checkpoint, classifier, optimizer) if checkpoint else Progress()
+    distributed.seed_apart(args.seed, progress.step)
     progress.seconds += time.perf_counter() - started
     writer = CheckpointWriter(folder, classifier, optimizer, run_identity(facts), args.checkpoint_minutes)
-    with put_off() as interrupts:
-        def after_step(progress):
+    total_steps = count_steps(len(train), args.batch_size, args.num_epochs, args.max_steps)
+    with put_off() as interrupts, training_bar(progress, total_steps, args.batch_size) as bar:
+        def save_or_stop(progress):
             writer(progress, now=bool(interrupts))
             if interrupts:
                 raise interrupts[0]
+        # Of several processes the first saves and stops; the others end when they miss it.
+        tasks = ([bar, *setting.boards, save_or_stop] if distributed.is_first() else
+                 [lambda progress: distributed.seed_apart(args.seed, progress.step)])
         progress = train_classifier_simple(
             classifier, optimizer, train, validation, num_epochs=args.num_epochs, batch_size=args.batch_size,
             max_steps=args.max_steps, eval_freq=args.eval_freq, eval_iter=args.eval_iter,
-            group_by_length=args.group_by_length, progress=progress, after_step=after_step)
+            group_by_length=args.group_by_length, accumulate=args.accumulate, progress=progress,
+            after_step=lambda progress: [task(progress) for task in tasks])
     print(f"Training completed in {progress.seconds / 60:.2f} minutes.", flush=True)
 
     print("\nEvaluating on the full datasets ...\n", flush=True)
@@ -100,6 +112,8 @@ def fine_tune(args, name, setting, model, head, read_logits, train, validation, 
     logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
     synchronize(classifier.device)
     seconds = time.perf_counter() - started
+    if not distributed.is_first():
+        return
     accuracies = {split: accuracy(logits[split], reviews.labels) for split, reviews in splits.items()}
     print(f"Training accuracy: {accuracies['train']:.2%}")
     print(f"Validation accuracy: {accuracies['validation']:.2%}")
@@ -124,16 +138,27 @@ def place(setting, model, read_logits, compiled):
     """Put the model where and how it shall compute, and tell; returns the Classifier and that part of the record."""
     total, trainable = count_parameters(model)
     device = setting.device
-    note(f"Device: {device} ({hardware(device)})\nPrecision: {setting.precision} ({setting.reason})\n"
+    precision, reason = distributed.of_first((setting.precision, setting.reason))
+    note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
          f"Parameters: {total:,}, of which {trainable:,} are trained")
-    torch.set_float32_matmul_precision("high" if setting.precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if device.type == "cpu":
         keep_freed_memory()
     if compiled:
         compile_model(model, device)
-    return Classifier(model.to(device), read_logits, device, setting.precision), {
-        "hardware": hardware(device), "precision": {"used": setting.precision, "why": setting.reason},
+    return Classifier(model.to(device), read_logits, device, precision), {
+        "hardware": hardware(device), "precision": {"used": precision, "why": reason},
         "parameters": {"all": total, "trainable": trainable}}
+
+
+def check_batches(args, num_reviews):
+    """Raise UserError where the training set does not fill a batch, or a batch cannot be cut as asked."""
+    if num_reviews < args.batch_size:
+        raise UserError(f"--batch_size {args.batch_size} is more than the {num_reviews} reviews of the training set")
+    if args.batch_size < distributed.size() * args.accumulate:
+        processes = f"{distributed.size()} processes with " if distributed.size() > 1 else ""
+        raise UserError(f"--batch_size {args.batch_size} is too small for {processes}--accumulate {args.accumulate}: "
+                        "each part needs a review")
 
 
 def rounded(rows):
@@ -159,5 +184,6 @@ def memory_advice():
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            raise UserError("out of memory; try a smaller --batch_size or a shorter --context_length") from error
+            raise UserError("out of memory; try --accumulate 2 or more, a smaller --batch_size or a "
+                            "shorter --context_length") from error
         raise

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetuning import distributed
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
+from finetuning.console import evaluation_bar, log
 from finetuning.dropout import quick_dropout
 from finetuning.errors import UserError
 from finetuning.runtime import autocast, is_compiled, synchronize
@@ -56,6 +58,23 @@ def calc_loss_batch(batch, classifier):
     return F.cross_entropy(classifier(batch), batch.labels)
 
 
+def calc_gradients(reviews, indices, classifier, accumulate=1):
+    """Leave the gradient of the mean loss over the reviews at `indices`; return that loss, a scalar tensor.
+
+    Each process works through its share of the reviews in `accumulate` parts.
+    """
+    parts = distributed.share(indices).tensor_split(accumulate)
+    losses = []
+    for part in parts:
+        # Parts may differ in size by one, and count accordingly in the mean over the processes.
+        weight = distributed.size() * len(part) / len(indices)
+        with distributed.exchanging(classifier.model, now=part is parts[-1]):
+            loss = weight * calc_loss_batch(reviews.batch(part), classifier)
+            loss.backward()
+        losses.append(loss.detach())  # reading its value here would make the GPU wait
+    return distributed.mean(sum(losses))
+
+
 def predict(reviews, classifier):
     """Logits (len(reviews), classes) of an IMDbDataset, float32 on the CPU, in the dataset's order.
 
@@ -64,11 +83,16 @@ def predict(reviews, classifier):
     """
     was_training = classifier.model.training
     classifier.model.eval()
-    order = list(evaluation_order(reviews.padded(reviews.lengths), EVALUATION_TOKENS[classifier.device.type]))
+    share = np.arange(distributed.rank(), len(reviews), distributed.size())
+    order = [share[indices] for indices in
+             evaluation_order(reviews.padded(reviews.lengths[share]), EVALUATION_TOKENS[classifier.device.type])]
     # One autocast context around all batches, so that weights are rounded to bf16 once.
     with torch.inference_mode(), autocast(classifier.device, classifier.precision):
-        logits = torch.cat([classifier(reviews.batch(indices).to(classifier.device)) for indices in order]).cpu()
+        logits = [classifier(reviews.batch(indices).to(classifier.device)) for indices in evaluation_bar(order)]
     classifier.model.train(was_training)
+    order, logits = zip(*distributed.gather([(indices, part.cpu()) for indices, part in
+                                             zip(order, logits, strict=True)]), strict=True)
+    logits = torch.cat(logits)
     in_order = torch.empty_like(logits)
     in_order[torch.from_numpy(np.concatenate(order))] = logits
     return in_order
@@ -103,41 +127,46 @@ def check_losses(progress, updates):
                             "--precision fp32; the last checkpoint is from before")
 
 
+def count_steps(num_reviews, batch_size, num_epochs, max_steps=None):
+    """How many updates a whole training run makes."""
+    return min(num_epochs * (num_reviews // batch_size), max_steps or float("inf"))
+
+
 def train_classifier_simple(classifier, optimizer, train, validation, *, num_epochs, batch_size, max_steps=None,
-                            eval_freq=50, eval_iter=20, group_by_length=False, progress=None,
+                            eval_freq=50, eval_iter=20, group_by_length=False, accumulate=1, progress=None,
                             after_step=lambda progress: None):
     """Train for `num_epochs`, or exactly `max_steps` updates if that is less; return the Progress.
 
     Every `eval_freq` updates, counted from the first, it prints the losses over the first
     `eval_iter` batches' worth of reviews of each set, and after each epoch the accuracies.
-    `group_by_length` puts reviews of similar length into a batch.
+    `group_by_length` puts reviews of similar length into a batch; `accumulate` works through a
+    batch in that many parts, which takes less memory and learns the same.
     Given an unfinished run's `progress`, it goes on from there. `after_step` is called between
     two updates. Raises UserError at the first log line after a loss that is no finite number.
     """
     progress = progress or Progress()
     train_sample, validation_sample = (reviews.first(eval_iter * batch_size) for reviews in (train, validation))
     steps_per_epoch = len(train) // batch_size
-    last_step = min(num_epochs * steps_per_epoch, max_steps or float("inf"))
+    last_step = count_steps(len(train), batch_size, num_epochs, max_steps)
     started = time.perf_counter() - progress.seconds
     classifier.model.train()
+    learner = distributed.learner(classifier)
     while progress.step < last_step:
         epoch, steps_done = divmod(progress.step, steps_per_epoch)
         if progress.order is None:
-            progress.order = (grouped_order(train.lengths, batch_size) if group_by_length
-                              else training_order(len(train), batch_size))
+            progress.order = distributed.of_first(grouped_order(train.lengths, batch_size) if group_by_length
+                                                  else training_order(len(train), batch_size))
         for indices in progress.order[steps_done:steps_done + last_step - progress.step]:
-            loss = calc_loss_batch(train.batch(indices), classifier)
-            loss.backward()
+            progress.losses.append(calc_gradients(train, indices, learner, accumulate))
             optimizer.step()
             optimizer.zero_grad()
-            progress.losses.append(loss.detach())  # reading its value here would make the GPU wait
             if progress.step % eval_freq == 0:
                 check_losses(progress, eval_freq)
                 train_loss, validation_loss = evaluate_model(classifier, train_sample, validation_sample)
                 progress.curve.append(
                     {"step": progress.step, "train_loss": train_loss, "validation_loss": validation_loss})
-                print(f"Ep {epoch + 1} (Step {progress.step:06d}): "
-                      f"Train loss {train_loss:.3f}, Val loss {validation_loss:.3f}", flush=True)
+                log(f"Ep {epoch + 1} (Step {progress.step:06d}): "
+                    f"Train loss {train_loss:.3f}, Val loss {validation_loss:.3f}")
             progress.step += 1
             progress.seconds = time.perf_counter() - started
             if progress.step % steps_per_epoch and progress.step < last_step:
@@ -148,7 +177,7 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
             calc_accuracy_loader(reviews, classifier) for reviews in (train_sample, validation_sample))
         progress.epochs.append({"step": progress.step, "train_accuracy": train_accuracy,
                                 "validation_accuracy": validation_accuracy})
-        print(f"Training accuracy: {train_accuracy:.2%} | Validation accuracy: {validation_accuracy:.2%}", flush=True)
+        log(f"Training accuracy: {train_accuracy:.2%} | Validation accuracy: {validation_accuracy:.2%}")
         synchronize(classifier.device)
         progress.seconds = time.perf_counter() - started
         after_step(progress)

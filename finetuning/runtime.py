@@ -1,4 +1,4 @@
-"""What a run stands on: device, precision of the arithmetic, random state, an honest clock, memory."""
+"""What a process stands on: device, precision of the arithmetic, random state, an honest clock, memory."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from finetuning import distributed
 from finetuning.errors import UserError
 from finetuning.machine import cpu_flags, cpu_name, process_peak_memory
 
@@ -24,18 +25,18 @@ WORTHWHILE = 1.2  # bf16 costs some accuracy of the arithmetic, so it has to be 
 def select_device(name="auto"):
     """The torch.device called `name`, or with "auto" the first there is of CUDA, MPS and CPU.
 
-    Raises UserError if the device is not there.
+    Of several processes each gets its own GPU. Raises UserError if the device is not there.
     """
     available = [kind for kind in DEVICE_TYPES if device_count(kind)]
     if name == "auto":
-        return torch.device(available[0])
+        name = available[0]
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device; choose auto, cpu, mps, cuda or cuda:1") from error
     if (device.index or 0) >= device_count(device.type):
         raise UserError(f"--device {name} is not on this machine; it has: {', '.join(available)}")
-    return device
+    return distributed.own_device(device) if distributed.size() > 1 else device
 
 
 def device_count(kind):
@@ -113,9 +114,10 @@ def is_compiled(model):
 
 def hardware(device):
     """The name of what did the work, as a results table should state it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.machine() if device.type == "mps" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    names = {"cuda": lambda: torch.cuda.get_device_name(device), "mps": platform.machine,
+             "cpu": lambda: f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    processes = f"{distributed.size()} processes, each on " if distributed.size() > 1 else ""
+    return processes + names[device.type]()
 
 
 def synchronize(device):

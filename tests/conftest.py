@@ -18,6 +18,7 @@ from pathlib import Path  # noqa: E402
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import tiktoken  # noqa: E402
+import tiny_gpt as tiny  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
@@ -157,19 +158,16 @@ def hub_snapshot():
 
 @pytest.fixture
 def byte_tokenizer(monkeypatch):
-    """Stand in for GPT-2's tokenizer, which has to be downloaded: one token for each byte."""
-    encoding = tiktoken.Encoding("gpt2", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 50256})
-    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+    """Stand in for GPT-2's tokenizer, which has to be downloaded."""
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": tiny.byte_encoding()}.__getitem__)
 
 
 @pytest.fixture
 def tiny_gpt(monkeypatch, byte_tokenizer):
     """Let train_gpt know a tiny model size; returns its name."""
-    name = "gpt2-tiny (0M)"
-    monkeypatch.setitem(train_gpt.MODEL_CONFIGS, name, {"emb_dim": 8, "n_layers": 2, "n_heads": 2})
-    monkeypatch.setitem(train_gpt.BASE_CONFIG, "context_length", 64)
-    return name
+    monkeypatch.setitem(train_gpt.MODEL_CONFIGS, tiny.SIZE, tiny.CONFIG)
+    monkeypatch.setitem(train_gpt.BASE_CONFIG, "context_length", tiny.CONTEXT_LENGTH)
+    return tiny.SIZE
 
 
 @pytest.fixture

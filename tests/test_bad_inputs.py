@@ -153,7 +153,7 @@ TABLE = [
     flag("--max_steps", "-3", message="--max_steps: must be 1 or more, not -3"),
     flag("--learning_rate", "-0.001", message="--learning_rate: must be a number above 0, not -0.001"),
     flag("--learning_rate", "inf", message="must be a number above 0, not inf"),
-    flag("--batch_size", "49", message="--batch_size 49 is more than the reviews of the training set"),
+    flag("--batch_size", "49", message="--batch_size 49 is more than the 48 reviews of the training set"),
     flag("--batch_size", "2.5", message="invalid whole number value: '2.5'"),
     flag("--context_length", "65", message="--context_length 65 is more than the 64 tokens", scripts="gpt"),
     flag("--context_length", "41", message="--context_length 41 is more than the 40 tokens", scripts="bert"),

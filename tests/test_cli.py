@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import torch
 from conftest import REPOSITORY, TINY_CONFIGS, save_encoder
 
 import download_prepare_dataset
+import reproduce
 import train_bert_hf
 import train_gpt
 import train_sklearn_logreg
@@ -68,7 +70,8 @@ def test_mistyped_arguments(script, arguments, message, failing):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
     (["--device", "gpu"], "--device gpu is no device"),
-    (["--batch_size", "49"], "--batch_size 49 is more than the reviews"),
+    (["--batch_size", "49"], "--batch_size 49 is more than the 48 reviews"),
+    (["--accumulate", "9"], "--batch_size 8 is too small for --accumulate 9: each part needs a review"),
     (["--context_length", "41"], "--context_length 41 is more than the 40 tokens"),
     (["--resume"], "there is no checkpoint"),
 ])
@@ -113,18 +116,29 @@ def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_pat
         cli.run(train_gpt.main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "train_gpt.py: out of memory; try a smaller --batch_size or a shorter --context_length")
+        "train_gpt.py: out of memory; try --accumulate 2 or more, a smaller --batch_size or a shorter --context_length")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_fits_two_screens_and_shows_defaults(script, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+@pytest.mark.parametrize("script", [*SCRIPTS, reproduce])
+def test_help_fits_two_screens_and_shows_every_default(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         script.main(["--help"])
     assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 80
-    assert "default: " in text
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 80
+    flags = re.split(r"\n  (?=-)", "\n".join(lines))[1:]
+    without = [flag.split()[0] for flag in flags if "default: " not in " ".join(flag.split())]
+    assert without == (["-h,", "--compare"] if script is reproduce else ["-h,"])  # comparing is what it does, or not
+
+
+@pytest.mark.parametrize("script", [train_gpt, train_bert_hf])
+def test_help_comes_in_groups(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    headings = re.findall(r"^(\w+):$", capsys.readouterr().out, re.MULTILINE)
+    assert headings == ["options", "model", "training", "log", "machine", "run"]
 
 
 def test_a_real_process_ends_in_one_line_and_status_2(tmp_path):

@@ -18,6 +18,7 @@ from finetuning.loop import (
     EVALUATION_TOKENS,
     Classifier,
     calc_accuracy_loader,
+    calc_gradients,
     calc_loss_batch,
     calc_loss_loader,
     evaluate_model,
@@ -110,6 +111,35 @@ def test_how_often_one_evaluates_does_not_change_what_is_learned():
         progress = train(model, model.classifier, train_bert_hf.read_logits, dataset, eval_freq=eval_freq)
         losses.append([loss.item() for loss in progress.losses])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_a_batch_in_parts_teaches_the_same(accumulate):
+    """8 reviews in parts of 4 and 4, of 3, 3 and 2, and one by one; dropout is off."""
+    frame, progress = reviews(40), []
+    for parts in (1, accumulate):
+        model, layers = gpt()
+        progress.append(train(model, layers.head, train_gpt.average_real, gpt_dataset(frame), accumulate=parts,
+                              eval_freq=1))
+    whole, in_parts = ([loss.item() for loss in one.losses] for one in progress)
+    assert in_parts == pytest.approx(whole, abs=1e-6)
+    assert len(set(whole)) == 10
+    for row, expected in zip(progress[1].curve, progress[0].curve, strict=True):
+        assert row == pytest.approx(expected, abs=1e-6)
+
+
+def test_gradients_of_uneven_parts_are_those_of_the_whole_batch():
+    model, _ = gpt()
+    dataset, classifier = gpt_dataset(reviews(7)), Classifier(model, train_gpt.read_last, CPU)
+    calc_loss_batch(dataset.batch(range(7)), classifier).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    calc_gradients(dataset, torch.arange(7), classifier, accumulate=3)
+    assert seen == [3, 2, 2]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("training", [True, False])
