@@ -18,7 +18,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 600
 # An epoch's end is worth a checkpoint too, unless repeating the work costs less than writing gigabytes.
 SECONDS_WORTH_SAVING = 60
 # What may differ between the run that saved a checkpoint and the one that goes on with it.
-FREE_TO_CHANGE = {"resume", "output_dir", "data_dir", "models_dir"}
+FREE_TO_CHANGE = {"resume", "output_dir", "data_dir", "models_dir", "save_model"}
 
 
 class CheckpointWriter:

@@ -16,12 +16,14 @@ from finetuning.optimizers import build_optimizer
 from finetuning.plots import draw_run
 from finetuning.reviews import copies_in_training_set
 from finetuning.runtime import hardware, peak_memory, select_device, select_precision, synchronize
+from finetuning.saved import save_model
 
 
-def run_experiment(args, name, model, head, read_logits, train, validation, test):
+def run_experiment(args, name, model, head, read_logits, save, train, validation, test):
     """Fine-tune `model` as `args` say, print the published log, and leave the run's record.
 
     `read_logits(model, batch)` returns the class logits (batch, 2); `head` is the output layer;
+    `save(folder)` writes the model's files and returns what else a reader of them must know;
     `train`, `validation` and `test` are IMDbDatasets.
     """
     if len(train) < args.batch_size:
@@ -68,6 +70,8 @@ def run_experiment(args, name, model, head, read_logits, train, validation, test
                                "evaluation": sum(counts.values()) / seconds},
         "peak_memory": peak_memory(classifier.device),
     }, copies, test.labels, logits["test"].double().softmax(dim=-1)[:, 1].numpy())
+    if args.save_model:
+        save_model(folder, save, precision=setting["precision"]["used"])
     writer.remove()
     draw_run(folder)
     note(f"Record: {folder / records.RECORD}")

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
@@ -32,6 +34,29 @@ def written_whole(*paths):
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder, keep=lambda folder: False):
+    """Yield a temporary folder that takes the place of `folder` when the block succeeds.
+
+    If the block fails, the temporary folder is removed and `folder` is left as it was. Where
+    `keep(folder)` is true by the end of the block, it is left as it is, too.
+    """
+    final = Path(folder)
+    # Not tempfile.mkdtemp, whose folders nobody else may read.
+    temporary = final.with_name(f".{final.name}.{uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if not keep(final):
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path):

@@ -9,7 +9,6 @@ review), and `sha256`, the digest of the three.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from finetuning.errors import UserError
-from finetuning.files import sha256
+from finetuning.files import folder_written_whole, sha256
 from finetuning.reviews import csv_paths, iterate_reviews
 
 FILES = ("ids.bin", "lengths.npy", "labels.npy")
@@ -90,9 +89,8 @@ def digest(folder):
 
 def build(folder, path, tokenizer, max_length):
     """Tokenize a CSV file piece by piece into a cache entry, which appears only once it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
+    # Another run may be faster: its entry is as good, and in use.
+    with folder_written_whole(folder, keep=is_whole) as temporary:
         lengths, labels = [], []
         with open(temporary / FILES[0], "wb") as ids_file:
             for frame in iterate_reviews(path):
@@ -103,9 +101,3 @@ def build(folder, path, tokenizer, max_length):
         np.save(temporary / FILES[1], np.concatenate(lengths))
         np.save(temporary / FILES[2], np.concatenate(labels))
         (temporary / "sha256").write_text(digest(temporary), encoding="ascii")
-        if is_whole(folder):  # another run was faster
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
