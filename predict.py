@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--explain", action="store_true",
                         help="show which words push the decision of a linear model, and how far (in log-odds)")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # texts may come before and after the flags
     if args.csv and args.texts:
         parser.error("choose one: texts or --csv")
     return args

@@ -86,6 +86,7 @@ def save(model, tokenizer, settings, folder):
     The tokenizer's `model_max_length` becomes the number of tokens trained with, so that a
     `transformers.pipeline` cuts a review there if it is called with `truncation=True`.
     """
+    transformers.logging.disable_progress_bar()  # of a file or two
     model.save_pretrained(folder)
     tokenizer.model_max_length = settings["context_length"]
     tokenizer.save_pretrained(folder)
@@ -95,6 +96,7 @@ def save(model, tokenizer, settings, folder):
 def load_saved(folder, settings):
     """A model that `save` wrote: (model, read_logits, a function of a list of texts that returns their IMDbDataset)."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     encode, length = wrap(tokenizer).encode, settings["context_length"]
