@@ -28,8 +28,6 @@ REASONS = 8  # features for each label that --explain shows
 def main(argv=None):
     args = parse_args(argv)
     folder, settings = read_settings(args.run_folder)
-    if settings.get("family") not in FAMILIES:
-        raise UserError(f"{folder} holds a model of a family that is none of {', '.join(FAMILIES)}")
     script, classifier = FAMILIES[settings["family"]]
     if args.explain and classifier is not Linear:
         raise UserError(f"--explain needs a linear model, whose words can be weighed one by one; the model in "

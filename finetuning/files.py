@@ -49,7 +49,7 @@ def folder_written_whole(folder, keep=lambda folder: False):
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in temporary.iterdir():
+        for path in (path for path in temporary.rglob("*") if path.is_file()):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         if not keep(final):

@@ -1,11 +1,12 @@
 """A trained model in its run's folder: `model/`, which --save_model writes and predict.py reads.
 
-It holds a model's own files, all in formats that execute nothing when they are read, and
-`settings.json`, an object with the keys
+It holds a model's own files, all in formats that execute nothing when they are read, and two more:
+`sha256`, the digests of all others as the program `sha256sum` writes them, and `settings.json`, an
+object with the keys
 
     family      which script wrote the model and reads it: "gpt", "encoder" or "linear"
-    precision   "fp32", "tf32" or "bf16": of the arithmetic in which the test reviews were classified
-    sha256      {file name: digest} of all other files
+    precision   "fp32", "tf32" or "bf16": of the arithmetic in which the test reviews were classified;
+                null for scikit-learn
 
 and those that the script adds, such as how many tokens of a review the model reads.
 """
@@ -18,7 +19,7 @@ from finetuning.errors import UserError
 from finetuning.files import folder_written_whole, sha256
 from finetuning.records import MODEL
 
-SETTINGS = "settings.json"
+SETTINGS, DIGESTS = "settings.json", "sha256"
 
 
 def save_model(run_folder, save, **settings):
@@ -28,8 +29,9 @@ def save_model(run_folder, save, **settings):
     """
     with folder_written_whole(Path(run_folder) / MODEL) as folder:
         settings |= save(folder)
-        settings["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        (folder / DIGESTS).write_text("".join(lines), encoding="utf-8", newline="\n")
     note(f"Model: {Path(run_folder) / MODEL}")
 
 
@@ -37,14 +39,13 @@ def read_settings(run_folder):
     """The folder of a run's model and its settings; raises UserError where there is none, or a file of it is damaged.
     """
     folder = Path(run_folder) / MODEL
-    if not (folder / SETTINGS).is_file():
+    if not folder.is_dir():
         raise UserError(f"{run_folder} holds no saved model; a training run with --save_model leaves one")
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        damaged = [name for name, digest in settings["sha256"].items()
-                   if not (folder / name).is_file() or sha256(folder / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / SETTINGS} is not what was saved ({error!r}); train the model again") from error
-    if damaged:
-        raise UserError(f"{folder / damaged[0]} is missing or not what was saved; train the model again")
-    return folder, settings
+        digests = dict(reversed(line.split("  ")) for line in (folder / DIGESTS).read_text("utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / DIGESTS} is missing or damaged; train the model again") from error
+    for name in digests | {SETTINGS: ""}:
+        if not (folder / name).is_file() or sha256(folder / name) != digests.get(name):
+            raise UserError(f"{folder / name} is missing or not what was saved; train the model again")
+    return folder, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

@@ -176,7 +176,9 @@ def test_a_gpt_of_ones_own(data_dir, tmp_path, failing, capsys):
     capsys.readouterr()
     assert records.read_record(tmp_path / "run")["name"] == "own-last_block-context_length_32-weights_random-seed123"
     assert "add --weights random" in failing(train_gpt.main, *command)
-    (folder / "config.json").write_text("{}")
-    assert "config.json is no GPT's configuration" in failing(train_gpt.main, *command)
+    config = json.loads((folder / "config.json").read_text())
+    for damaged in ({}, [], {**config, "n_heads": 3}, {**config, "vocab_size": "many"}, {**config, "drop_rate": 2}):
+        (folder / "config.json").write_text(json.dumps(damaged))
+        assert "config.json is no GPT's configuration" in failing(train_gpt.main, *command)
     (folder / "config.json").unlink()
     assert "invalid choice" in failing(train_gpt.main, *command)
