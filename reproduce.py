@@ -1,5 +1,6 @@
 """The experiments as data: runs them, compares two runs, and makes the READMEs' tables from the records.
 
+    python reproduce.py --demo                    # tries everything out, without network, in a folder of its own
     python reproduce.py 8 9                       # runs rows 8 and 9
     python reproduce.py                           # runs all rows that are not recorded yet
     python reproduce.py --compare RUN_A RUN_B     # is one of two runs really better?
@@ -9,6 +10,7 @@ Every measured number in a table comes from a record under results/; where there
 table says so.
 """
 
+import os
 import shlex
 import statistics
 import subprocess
@@ -17,11 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetuning.cli import ArgumentParser, note, run, seed_number
+from finetuning.demo import ENCODER, GPT, demo_table, write_inputs
 from finetuning.errors import UserError
 from finetuning.files import sha256
 from finetuning.interrupts import Terminated
 from finetuning.machine import versions
-from finetuning.plots import draw_rows, draw_run
+from finetuning.plots import draw_demo, draw_rows, draw_run
 from finetuning.records import RECORD, read_record
 from finetuning.report import comparison, recorded, resolution, results_table, splits_table, update
 from finetuning.reviews import csv_paths, read_reviews
@@ -86,11 +89,28 @@ EXPERIMENTS = PUBLISHED_SPLIT + tuple(
     row._replace(number=14, title=f"{row.title}, official split", published=None, data_dir="official")
     for row in PUBLISHED_SPLIT if row.number in (8, 9, 10))
 
+# The DEMO's rows stand apart, as their runs do: {name of the run: what to type, but for folders}.
+DEMO_SETTINGS = "--trainable_layers all --context_length 64 --batch_size 16 --learning_rate 2e-3 --precision fp32"
+DEMO = {
+    "DEMO-logreg": "python train_sklearn_logreg.py",
+    GPT: f"python train_gpt.py --model_size demo/{GPT} --weights random --trainable_token_pos flexible --num_epochs 7 "
+         f"{DEMO_SETTINGS}",
+    ENCODER: f"python train_bert_hf.py --model demo/{ENCODER} --num_epochs 3 {DEMO_SETTINGS}",
+}
+AFTER_THE_DEMO = f"""
+All of this was DEMO data. Ask the DEMO's models about a review of your own:
+  python predict.py demo/results/{ENCODER} "The plot was dull. I found the cast charming. The music is hardly rich."
+The real thing begins with the real reviews (84 MB), and its quickest row:
+  python download_prepare_dataset.py
+  python reproduce.py 8"""
+
 
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
         write_pages(ROOT)
+    elif args.demo:
+        run_demo()
     elif args.compare:
         print_comparison(*map(Path, args.compare))
     else:
@@ -108,11 +128,13 @@ def parse_args(argv=None):
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"),
                         help="compare two runs' folders, review by review")
     parser.add_argument("--table", action="store_true", help="write the tables and pictures anew from results/")
+    parser.add_argument("--demo", action="store_true",
+                        help="try everything out on synthetic reviews, in demo/: some three minutes, no network")
     args = parser.parse_args(argv)
     if unknown := set(args.rows) - set(numbers):
         parser.error(f"there is no row {min(unknown)}; the rows are {numbers[0]} to {numbers[-1]}")
-    if bool(args.rows) + bool(args.compare) + args.table > 1:
-        parser.error("choose one: rows to run, --compare or --table")
+    if bool(args.rows) + bool(args.compare) + args.table + args.demo > 1:
+        parser.error("choose one: rows to run, --compare, --table or --demo")
     return args
 
 
@@ -181,6 +203,22 @@ def summary(rows, seeds):
             result += f" (sd {statistics.stdev(accuracies):.2f}, {len(accuracies)} seeds)"
         lines.append(f"{row.number:>3}  {row.title:<45} {result}")
     return "\n".join(lines)
+
+
+def run_demo():
+    """Make the DEMO's inputs, run its rows, and end with a table, a picture and what to type next."""
+    folder, picture = ROOT / "demo", ROOT / "demo" / "DEMO-curves.svg"
+    note("DEMO: writing synthetic reviews, and two small models with random weights, to demo/")
+    write_inputs(folder)
+    for number, (name, command) in enumerate(DEMO.items(), 1):
+        command += f" --data_dir demo --output_dir demo/results/{name} --save_model"
+        note(f"\nDEMO {number} of {len(DEMO)}: {command}")
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, env=offline).returncode:
+            raise UserError(f"the DEMO stopped, for this command failed: {command}")
+    records = {name: read_record(folder / "results" / name) for name in DEMO}
+    draw_demo(records, picture)
+    print(demo_table(records, folder), f"Picture: {picture}", AFTER_THE_DEMO, sep="\n")
 
 
 def print_comparison(folder_a, folder_b):

@@ -7,6 +7,7 @@ gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding mas
 
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -24,9 +25,10 @@ from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.hub import check_cached_weights
 from finetuning.layers import OutputLayers, find_output_layers, set_trainable
-from finetuning.tokens import Tokenizer, load_tokens
+from finetuning.reviews import LABELS
+from finetuning.tokens import Tokenizer, flatten, load_tokens
 
-NUM_CLASSES = 2
+NUM_CLASSES = len(LABELS)
 NO_LIMIT = 2**30  # tokens; what tokenizers write for "no limit", 1e30, is more than they accept themselves
 
 
@@ -61,17 +63,46 @@ def main(argv=None):
 
 
 def build(args):
-    """What `args` describe: (model, head, read_logits, training set, validation set, test set)."""
+    """What `args` describe: (model, head, read_logits, save, training set, validation set, test set)."""
     model, tokenizer = load_model(args.model, args.seed)
     layers = output_layers(args.model, model)
     set_trainable(model, args.trainable_layers, layers)
 
     sets, length = load_tokens(args.data_dir, wrap(tokenizer), args.context_length, longest_input(model, tokenizer))
-    masked = args.use_attention_mask == "true"
+    settings = {"use_attention_mask": args.use_attention_mask == "true", "context_length": length}
+    datasets = [dataset(tokens, tokenizer, **settings, few=args.compile) for tokens in sets]
+    return model, layers.head, read_logits, partial(save, model, tokenizer, settings), *datasets
+
+
+def dataset(tokens, tokenizer, use_attention_mask, context_length, few=False):
+    """Tokens as an IMDbDataset, padded as the model reads them, if possible to a `few` lengths only."""
     # Under a mask, padding to the batch's longest review is the same computation as padding to the full length.
-    pad_to = length if not masked else few_lengths(length) if args.compile else None
-    datasets = [IMDbDataset(tokens, tokenizer.pad_token_id, pad_to, use_attention_mask=masked) for tokens in sets]
-    return model, layers.head, read_logits, *datasets
+    pad_to = context_length if not use_attention_mask else few_lengths(context_length) if few else None
+    return IMDbDataset(tokens, tokenizer.pad_token_id, pad_to, use_attention_mask)
+
+
+def save(model, tokenizer, settings, folder):
+    """Write the files of a trained model to a folder, as transformers reads them; returns what else they mean.
+
+    The tokenizer's `model_max_length` becomes the number of tokens trained with, so that a
+    `transformers.pipeline` cuts a review there if it is called with `truncation=True`.
+    """
+    transformers.logging.disable_progress_bar()  # of a file or two
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = settings["context_length"]
+    tokenizer.save_pretrained(folder)
+    return {"family": "encoder", **settings}
+
+
+def load_saved(folder, settings):
+    """A model that `save` wrote: (model, read_logits, a function of a list of texts that returns their IMDbDataset)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    encode, length = wrap(tokenizer).encode, settings["context_length"]
+    return model, read_logits, lambda texts: dataset(
+        flatten(encode(texts, length), [0] * len(texts)), tokenizer, settings["use_attention_mask"], length)
 
 
 def parse_args(argv=None):
@@ -106,7 +137,8 @@ def load_model(name, seed):
         tokenizer = AutoTokenizer.from_pretrained(source)
         torch.manual_seed(seed)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=NUM_CLASSES, ignore_mismatched_sizes=True, output_loading_info=True,
+            source, id2label=dict(enumerate(LABELS)), label2id={name: label for label, name in enumerate(LABELS)},
+            ignore_mismatched_sizes=True, output_loading_info=True,
             dtype=torch.float32)  # whatever precision the file is stored in
     except UnpicklingError as error:
         raise UserError(f"cannot load --model {name}: its weights are a pickle of more than tensors, which could run "

@@ -6,10 +6,14 @@
 give the published logistic regression row, and a stronger one.
 """
 
+import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -22,6 +26,30 @@ from finetuning.machine import cpu_name, process_peak_memory, usable_cpus
 from finetuning.ngrams import NaiveBayesNgrams
 from finetuning.plots import draw_run
 from finetuning.reviews import copies_in_training_set, load_dataframes
+from finetuning.saved import save_model
+
+WORDS, ARRAYS = "vocabulary.json", "arrays.safetensors"
+
+
+class WordCounts(CountVectorizer):
+    """How often a text holds each word of the training set."""
+
+    def __init__(self, vocabulary=None):
+        # LogisticRegression would convert counts to floats anyway.
+        super().__init__(dtype=float, vocabulary=vocabulary)
+
+    def learned(self):
+        """What `restored` needs: (list of words, {name: array})."""
+        return self.get_feature_names_out().tolist(), {}
+
+    @classmethod
+    def restored(cls, words):
+        """The vectorizer that has `learned` this."""
+        return cls(words)
+
+    def names(self, columns):
+        """The words that these columns count."""
+        return self.get_feature_names_out()[columns].tolist()
 
 
 class Features(NamedTuple):
@@ -35,8 +63,7 @@ class Features(NamedTuple):
 FEATURES = {
     # The published solver, lbfgs, stops near the optimum of this convex loss; Newton's method comes
     # closer in half the time, so close that rounding does not show in the printed digits.
-    # LogisticRegression would convert counts to floats anyway.
-    "counts": Features("Logistic regression classifier:", lambda: CountVectorizer(dtype=float),
+    "counts": Features("Logistic regression classifier:", WordCounts,
                        {"solver": "newton-cg", "tol": 1e-6}),
     # Settings chosen on the validation set.
     "nb-ngrams": Features("N-gram logistic regression classifier:", NaiveBayesNgrams,
@@ -65,7 +92,7 @@ def run_baselines(args, name, folder):
     except ValueError as error:
         raise UserError(f"the training set is too small for --features {args.features}: {error}") from error
     dummy = DummyClassifier(strategy="most_frequent").fit(*train_set)
-    model = LogisticRegression(max_iter=1000, random_state=args.seed, **features.settings).fit(*train_set)
+    model = logistic_regression(args.features, args.seed).fit(*train_set)
     trained = time.perf_counter()
 
     sets = [train_set, *((vectorizer.transform(frame["text"]), frame["label"]) for frame in (validation, test))]
@@ -85,6 +112,8 @@ def run_baselines(args, name, folder):
                                "evaluation": sum(counts.values()) / seconds["evaluation"]},
         "peak_memory": process_peak_memory(),
     }, copies, test["label"], model.predict_proba(sets[2][0])[:, 1])
+    if args.save_model:
+        save_model(folder, partial(save, args.features, vectorizer, model), precision=None)
     draw_run(folder)
     note(f"Record: {folder / records.RECORD}")
 
@@ -100,6 +129,29 @@ def parse_args(argv=None):
 def run_name(args):
     """The run's name: features and seed."""
     return f"logreg-{args.features}-seed{args.seed}"
+
+
+def logistic_regression(features, seed=None):
+    """A LogisticRegression with the settings for these features."""
+    return LogisticRegression(max_iter=1000, random_state=seed, **FEATURES[features].settings)
+
+
+def save(features, vectorizer, model, folder):
+    """Write the files of a fitted model to a folder; returns what else they mean."""
+    words, arrays = vectorizer.learned()
+    (folder / WORDS).write_text(json.dumps(words), encoding="utf-8")
+    save_file({"coefficients": model.coef_, "intercept": model.intercept_, **arrays}, folder / ARRAYS)
+    return {"family": "linear", "features": features}
+
+
+def load_saved(folder, settings):
+    """A model that `save` wrote: (vectorizer, LogisticRegression)."""
+    arrays = load_file(folder / ARRAYS)
+    model = logistic_regression(settings["features"])
+    model.coef_, model.intercept_ = arrays.pop("coefficients"), arrays.pop("intercept")
+    model.classes_ = np.arange(2)
+    words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
+    return FEATURES[settings["features"]].vectorizer.restored(words, **arrays), model
 
 
 def eval_model(model, train, validation, test):

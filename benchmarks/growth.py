@@ -73,7 +73,7 @@ def measure_apart(args, kind, size):
 
 def measure_reviews(args, count):
     """Seconds for tokenizing `count` reviews, finding them in the cache, and padding all batches; peak memory."""
-    tokenizer = train_gpt.load_tokenizer()
+    tokenizer = train_gpt.wrap(train_gpt.load_encoding())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.csv")
         write_repeated(read_reviews(csv_paths(args.data_dir)[0]), count, path)
@@ -111,7 +111,7 @@ def measure_step(args, length):
     optimizer = build_optimizer("adamw", model, head, settings.learning_rate)
     ids = torch.randint(50_257, (BATCH_SIZE * length,)).numpy()
     lengths = torch.full((BATCH_SIZE,), length).numpy()
-    batch = IMDbDataset(Tokens(ids, lengths, lengths % 2), train_gpt.PAD_TOKEN_ID).batch(range(BATCH_SIZE))
+    batch = IMDbDataset(Tokens(ids, lengths, lengths % 2), pad_token_id=0).batch(range(BATCH_SIZE))
     seconds = []
     for _ in range(4):
         synchronize(device)

@@ -186,7 +186,7 @@ def measure_reference(args, script, settings):
 def tokenizer_of(script, settings):
     """The Tokenizer that a train script uses."""
     if script is train_gpt:
-        return train_gpt.load_tokenizer()
+        return train_gpt.wrap(train_gpt.load_encoding())
     return train_bert_hf.wrap(train_bert_hf.load_model(settings.model, settings.seed)[1])
 
 

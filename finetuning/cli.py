@@ -16,7 +16,7 @@ CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
 # Flags that do not change what is learned, or that a run's name shows anyway.
 NOT_IN_NAMES = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir", "models_dir",
                 "device", "compile", "resume", "checkpoint_minutes", "eval_freq", "eval_iter", "accumulate",
-                "tensorboard"}
+                "tensorboard", "save_model"}
 
 
 def variant(key, value):
@@ -102,6 +102,8 @@ def add_run_arguments(parser):
     group.add_argument("--data_dir", default=".", help="folder of train.csv, validation.csv and test.csv")
     group.add_argument("--output_dir", help="folder of this run's record (default: results/ and the run's name)")
     group.add_argument("--seed", type=seed_number, default=123, help="random seed")
+    group.add_argument("--save_model", action="store_true",
+                       help="keep the trained model, in model/ in the run's folder, for predict.py")
     return group
 
 
@@ -169,6 +171,10 @@ def run(main):
     except UserError as error:
         note(f"{sys.argv[0]}: {' '.join(str(error).split())}")
         sys.exit(2)
+    except BrokenPipeError:
+        # Whoever read the output, `head` for one, has seen enough; Python would complain again on flushing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise

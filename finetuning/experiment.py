@@ -30,6 +30,7 @@ from finetuning.runtime import (
     select_precision,
     synchronize,
 )
+from finetuning.saved import save_model
 from finetuning.tensorboard import TensorBoard
 
 
@@ -51,7 +52,8 @@ def run_experiment(args, name, build):
     """Fine-tune a model as `args` say, print the published log, and leave the run's record.
 
     `build(args)` returns the model, its output layer, `read_logits(model, batch)`, which returns
-    the class logits (batch, 2), and the training, validation and test set as IMDbDatasets. What can
+    the class logits (batch, 2), `save(folder)`, which writes the model's files and returns what else
+    a reader of them must know, and the training, validation and test set as IMDbDatasets. What can
     be refused without it is refused first.
     """
     folder = records.run_folder(args, name)
@@ -78,7 +80,7 @@ def prepare(args, folder):
     return Setting(folder, facts, copies_in_training_set(args.data_dir), checkpoint, device, precision, reason, boards)
 
 
-def fine_tune(args, name, setting, model, head, read_logits, train, validation, test):
+def fine_tune(args, name, setting, model, head, read_logits, save, train, validation, test):
     """What `run_experiment` says, once all that it needs is there."""
     folder, facts, copies, checkpoint, *_ = setting
     classifier, described = place(setting, model, read_logits, args.compile)
@@ -129,6 +131,8 @@ def fine_tune(args, name, setting, model, head, read_logits, train, validation, 
                                "evaluation": sum(counts.values()) / seconds},
         "peak_memory": peak_memory(classifier.device),
     }, copies, test.labels, logits["test"].double().softmax(dim=-1)[:, 1].numpy())
+    if args.save_model:
+        save_model(folder, save, precision=described["precision"]["used"])
     draw_run(folder)
     writer.remove()
     note(f"Record: {folder / records.RECORD}")

@@ -111,6 +111,29 @@ def remove_if_empty(folder):
         folder.rmdir()
 
 
+@contextmanager
+def folder_written_whole(folder):
+    """Yield a temporary folder that takes the place of `folder` when the block succeeds.
+
+    If the block fails, the temporary folder is removed and `folder` is left as it was; what a killed
+    process leaves is overwritten the next time. Raises UserError, naming the disk, where it is full.
+    """
+    final = Path(folder)
+    temporary = final.with_name(f".{final.name}.tmp")
+    with disk_named(final.parent):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for path in (path for path in temporary.rglob("*") if path.is_file()):
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sha256(path):
     """Hexadecimal SHA-256 of a file's content."""
     with open(path, "rb") as file:

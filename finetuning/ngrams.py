@@ -48,6 +48,27 @@ class NaiveBayesNgrams:
         known = columns >= 0
         return self._weighted(incidence(rows[known], columns[known], (len(words), len(self.ngrams))))
 
+    def learned(self):
+        """What `restored` needs: (list of words, {name: array})."""
+        return [*self.vocabulary], {"ngrams": self.ngrams.to_numpy(), "weights": self.weights}
+
+    @classmethod
+    def restored(cls, words, ngrams, weights):
+        """The object that has `learned` this."""
+        self = cls()
+        self.vocabulary = {word: number for number, word in enumerate(words, 1)}
+        self.ngrams, self.weights = pd.Index(ngrams), weights
+        return self
+
+    def names(self, columns):
+        """The n-grams of these columns, their words separated by spaces."""
+        words, base = [*self.vocabulary], len(self.vocabulary) + 1
+
+        def spelled(key):
+            key, number = divmod(key, base)
+            return f"{spelled(key)} {words[number - 1]}".lstrip() if number else ""
+        return [spelled(key) for key in self.ngrams[columns].tolist()]
+
     def _ngrams(self, words):
         """All n-grams as (number of the text, key), one array each.
 

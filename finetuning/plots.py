@@ -1,5 +1,6 @@
 """Pictures: how one run went, and how accurate every experiment is for the time it takes."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -25,7 +26,8 @@ def draw_run(folder):
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, record, predictions)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{record['name']}: {record['accuracy']['test']:.2%} of the test reviews")
+    title = f"{record['name']}: {record['accuracy']['test']:.2%} of the test reviews"
+    figure.suptitle(textwrap.fill(title, 55 * len(panels)))
     save(figure, Path(folder) / CURVES)
 
 
@@ -83,6 +85,34 @@ def draw_rows(points, footnote, path):
     axes.set_ylabel("test accuracy")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def draw_demo(records, path):
+    """Draw what the runs of the DEMO, {name: record}, learned: losses on the left, test accuracies on the right."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    for color, (name, record) in zip((GREY, BLUE, ORANGE), records.items(), strict=True):
+        if record["curve"]:
+            seen = [point["step"] * record["arguments"]["batch_size"] for point in record["curve"]]
+            losses.plot(seen, [point["validation_loss"] for point in record["curve"]], color=color, label=name)
+        accuracy, (low, high) = record["accuracy"]["test"], record["test_interval_95"]
+        accuracies.errorbar(name, accuracy, yerr=[[accuracy - low], [high - accuracy]], fmt="o", color=color, capsize=3)
+        accuracies.annotate(f"{accuracy:.1%}", (name, accuracy), xytext=(9, 0), textcoords="offset points",
+                            verticalalignment="center")
+    losses.set(xlabel="reviews trained on", ylabel="validation loss (nats)", ylim=(0, 1))
+    losses.legend(frameon=False)
+    losses.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    for axes, chance in ((losses, np.log(2)), (accuracies, 0.5)):
+        axes.axhline(chance, color=GREY, linewidth=0.8, linestyle="--")
+        axes.annotate("chance", (1, chance), xytext=(-3, 3), textcoords="offset points", color=GREY, fontsize=9,
+                      horizontalalignment="right", xycoords=axes.get_yaxis_transform())
+    accuracies.set(ylabel="test accuracy, with its 95% interval", ylim=(0.45, 1))
+    accuracies.margins(x=0.2)
+    accuracies.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axes in (losses, accuracies):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("DEMO: synthetic reviews, small models from random weights")
     save(figure, path)
 
 

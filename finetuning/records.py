@@ -1,6 +1,7 @@
 """What a run leaves behind: `record.json` and `test_predictions.csv` in the run's folder.
 
-A picture, `curves.svg`, is drawn from the two by `finetuning.plots`.
+A picture, `curves.svg`, is drawn from the two by `finetuning.plots`, and with --save_model the
+trained model stands in `model/`, as `finetuning.saved` describes it.
 
 `record.json` is one JSON object with these keys:
 
@@ -33,6 +34,7 @@ A picture, `curves.svg`, is drawn from the two by `finetuning.plots`.
 """
 
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
@@ -46,7 +48,7 @@ from finetuning.machine import git_commit, versions
 from finetuning.reviews import SPLITS, csv_paths
 from finetuning.uncertainty import answers, calibration, wilson_interval
 
-RECORD, PREDICTIONS = "record.json", "test_predictions.csv"
+RECORD, PREDICTIONS, MODEL = "record.json", "test_predictions.csv", "model"
 NUMBER = (int, float)
 SPLIT_SHARES, COUNTS = dict.fromkeys(SPLITS, NUMBER), dict.fromkeys(SPLITS, int)
 # What each value must be: a type, several to choose from, or a dictionary of keys that must be there.
@@ -75,7 +77,7 @@ def facts(args):
 
 
 def write_record(folder, record, copies, labels, probabilities):
-    """Write both files.
+    """Write both files; a model that an earlier run saved in the folder is removed, for it made other predictions.
 
     There is one of each for every test review: whether it stands in the training set, its label,
     and the probability that it is positive.
@@ -90,6 +92,8 @@ def write_record(folder, record, copies, labels, probabilities):
         raise ValueError(f"the record's keys differ from the schema in {sorted(record.keys() ^ SCHEMA.keys())}")
     predictions = pd.DataFrame({"label": labels, "probability": probabilities})
     folder = Path(folder)
+    if (folder / MODEL).exists():
+        shutil.rmtree(folder / MODEL)
     with written_whole(folder / RECORD, folder / PREDICTIONS) as (record_file, predictions_file):
         record_file.write_text(to_json(record), encoding="utf-8")
         predictions.to_csv(predictions_file, index_label="row", float_format="%.9f", lineterminator="\n")

@@ -8,6 +8,8 @@ import pandas as pd
 from finetuning.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+LABELS = ("negative", "positive")  # the names of the labels 0 and 1
+COLUMNS = ("text", "label")
 CHUNK = 5_000  # reviews read at a time
 PREPARE = "python download_prepare_dataset.py"
 
@@ -72,8 +74,8 @@ def copies_in_training_set(data_dir):
     return np.array([hash(text) in seen for frame in iterate_reviews(test) for text in frame["text"]])
 
 
-def iterate_reviews(path):
-    """Read a CSV file as `read_reviews` does, but a data frame of CHUNK reviews at a time."""
+def iterate_reviews(path, columns=COLUMNS):
+    """Read a CSV file as `read_reviews` does, but a data frame of CHUNK reviews, with these columns, at a time."""
     try:
         # As strings, nothing taken for missing: a review may well read "None" or "NA".
         with pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=CHUNK) as chunks:
@@ -82,7 +84,7 @@ def iterate_reviews(path):
                 # Where rows have more fields than the header, pandas takes the first ones for names of the rows.
                 if not isinstance(chunk.index, pd.RangeIndex):
                     raise UserError(f"{path} is not a CSV file: its rows have more fields than its first line")
-                rows = checked(chunk, path)
+                rows = checked(chunk, path, columns)
                 if len(rows):
                     empty = False
                     yield rows
@@ -92,20 +94,22 @@ def iterate_reviews(path):
         raise UserError(f"{path} holds no reviews")
 
 
-def checked(frame, path):
-    """The columns `text` and `label` of rows as read from `path`, the labels as integers."""
-    absent = [column for column in ("text", "label") if column not in frame.columns]
+def checked(frame, path, columns):
+    """The `columns` of rows as read from `path`: `text`, and where it is among them `label`, as integers."""
+    absent = [column for column in columns if column not in frame.columns]
     if absent:
         raise UserError(f"{path} has no column {' and no column '.join(absent)}; its columns are: "
                         f"{', '.join(frame.columns)}")
-    wrong = frame[~frame["label"].isin(["0", "1"])]
-    if len(wrong):
-        raise UserError(f"{path}, review {wrong.index[0] + 1}: label {wrong['label'].iloc[0]!r} "
-                        "is neither 0 (negative) nor 1 (positive)")
     torn = frame[frame["text"].str.contains("\0", regex=False)]
     if len(torn):
         raise UserError(f"{path}, review {torn.index[0] + 1}: the text holds a NUL byte; the file is damaged")
     blank = frame[frame["text"].str.strip() == ""]
     if len(blank):
         raise UserError(f"{path}, review {blank.index[0] + 1}: the text is empty")
-    return frame[["text", "label"]].astype({"label": int})
+    if "label" not in columns:
+        return frame[[*columns]]
+    wrong = frame[~frame["label"].isin(["0", "1"])]
+    if len(wrong):
+        raise UserError(f"{path}, review {wrong.index[0] + 1}: label {wrong['label'].iloc[0]!r} "
+                        "is neither 0 (negative) nor 1 (positive)")
+    return frame[[*columns]].astype({"label": int})

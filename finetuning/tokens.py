@@ -9,7 +9,6 @@ review), and `sha256`, the digest of the three.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from finetuning.errors import UserError
-from finetuning.files import disk_named, locked, sha256
+from finetuning.files import disk_named, folder_written_whole, locked, sha256
 from finetuning.reviews import csv_paths, iterate_reviews
 
-UNFINISHED = ".unfinished"
 FILES = ("ids.bin", "lengths.npy", "labels.npy")
 
 
@@ -97,21 +95,13 @@ def build(folder, path, tokenizer, max_length):
     with disk_named(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent, wait=True):
-            if is_whole(folder):
-                return
-            temporary = folder.parent / UNFINISHED
-            shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
-            try:
-                tokenize(temporary, path, tokenizer, max_length)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.rename(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if not is_whole(folder):
+                with folder_written_whole(folder) as temporary:
+                    tokenize(temporary, path, tokenizer, max_length)
 
 
 def tokenize(folder, path, tokenizer, max_length):
     """Write a cache entry's files."""
-    folder.mkdir()
     lengths, labels = [], []
     with open(folder / FILES[0], "wb") as ids_file:
         for frame in iterate_reviews(path):

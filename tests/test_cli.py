@@ -7,14 +7,15 @@ import torch
 from conftest import REPOSITORY, TINY_CONFIGS, save_encoder
 
 import download_prepare_dataset
+import predict
 import reproduce
 import train_bert_hf
 import train_gpt
 import train_sklearn_logreg
 from finetuning import cli
 
-SCRIPTS = [download_prepare_dataset, train_gpt, train_bert_hf, train_sklearn_logreg]
-TRAINERS = SCRIPTS[1:]
+TRAINERS = [train_gpt, train_bert_hf, train_sklearn_logreg]
+SCRIPTS = [download_prepare_dataset, *TRAINERS, predict, reproduce]
 
 
 @pytest.mark.parametrize("script", TRAINERS)

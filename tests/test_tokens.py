@@ -124,9 +124,9 @@ def test_of_runs_at_once_one_tokenizes_and_the_others_wait(folder):
 
 
 def test_what_a_killed_run_left_is_in_nobodys_way(folder):
-    left = folder / "token_cache" / tokens.UNFINISHED
-    left.mkdir(parents=True)
-    (left / "ids.bin").write_bytes(b"half")
+    cached_tokens(folder / "train.csv", numbers(), 3)
+    entry, = (folder / "token_cache").iterdir()
+    entry.rename(entry.with_name(f".{entry.name}.tmp"))
     assert as_lists(cached_tokens(folder / "train.csv", numbers(), 3)) == [[1, 2, 3], [5], [6, 7]]
     assert len(list((folder / "token_cache").iterdir())) == 1
 

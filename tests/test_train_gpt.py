@@ -3,6 +3,7 @@ import os
 import re
 
 import pytest
+import tiktoken
 import torch
 from conftest import reviews
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import train_gpt
 from finetuning import records
 from finetuning.batches import IMDbDataset
+from finetuning.bpe import write_encoding
 from finetuning.errors import UserError
 from finetuning.tokens import flatten
 from previous_chapters import GPTModel
@@ -79,7 +81,7 @@ def logits_and_batch(tiny_gpt):
     model = train_gpt.instantiate_model(tiny_gpt, "random").eval()
     train_gpt.replace_head(model, 0)
     tokens = flatten([[5, 6, 7], [8], [1, 2, 3, 4, 5]], [1, 0, 1])
-    batch = IMDbDataset(tokens, train_gpt.PAD_TOKEN_ID, pad_to=6).batch([0, 1, 2])
+    batch = IMDbDataset(tokens, 50256, pad_to=6).batch([0, 1, 2])
     with torch.no_grad():
         return model, batch, model(batch.input_ids)
 
@@ -133,14 +135,14 @@ def test_context_lengths(tiny_gpt, data_dir, failing):
 
 
 def test_a_review_that_spells_out_a_special_token_is_text(byte_tokenizer):
-    encode = train_gpt.load_tokenizer().encode
+    encode = train_gpt.wrap(train_gpt.load_encoding()).encode
     assert encode(["<|endoftext|>", "ab"], None) == [list(b"<|endoftext|>"), [97, 98]]
     assert encode(["abc"], 2) == [[97, 98]]
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no cached tokenizer")
 def test_the_real_tokenizer():
-    assert train_gpt.load_tokenizer().encode(["Hello, I am"], None) == [[15496, 11, 314, 716]]
+    assert train_gpt.wrap(train_gpt.load_encoding()).encode(["Hello, I am"], None) == [[15496, 11, 314, 716]]
 
 
 def test_no_tokenizer_and_no_network(monkeypatch):
@@ -148,7 +150,7 @@ def test_no_tokenizer_and_no_network(monkeypatch):
         raise ConnectionError("no network")
     monkeypatch.setattr("tiktoken.get_encoding", unreachable)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        train_gpt.load_tokenizer()
+        train_gpt.load_encoding()
 
 
 def test_published_defaults():
@@ -159,3 +161,25 @@ def test_published_defaults():
         256, 1, 5e-5, 8, 123)
     assert (args.eval_freq, args.eval_iter, args.average_embeddings, args.optimizer) == (50, 20, False, "adamw")
     assert json.loads(json.dumps(vars(args)))  # a record can hold them
+
+
+def test_a_gpt_of_ones_own(data_dir, tmp_path, failing, capsys):
+    """A folder with a configuration and a tokenizer takes the place of a published size."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**train_gpt.BASE_CONFIG, "vocab_size": 257, "context_length": 64,
+                                                    "emb_dim": 8, "n_layers": 2, "n_heads": 2}))
+    write_encoding(tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                     special_tokens={}), folder / "tokenizer.tiktoken")
+    command = ["--model_size", str(folder), "--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"),
+               "--context_length", "32"]
+    train_gpt.main([*command, "--weights", "random"])
+    capsys.readouterr()
+    assert records.read_record(tmp_path / "run")["name"] == "own-last_block-context_length_32-weights_random-seed123"
+    assert "add --weights random" in failing(train_gpt.main, *command)
+    config = json.loads((folder / "config.json").read_text())
+    for damaged in ({}, [], {**config, "n_heads": 3}, {**config, "vocab_size": "many"}, {**config, "drop_rate": 2}):
+        (folder / "config.json").write_text(json.dumps(damaged))
+        assert "config.json is no GPT's configuration" in failing(train_gpt.main, *command)
+    (folder / "config.json").unlink()
+    assert "invalid choice" in failing(train_gpt.main, *command)

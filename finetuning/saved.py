@@ -1,0 +1,51 @@
+"""A trained model in its run's folder: `model/`, which --save_model writes and predict.py reads.
+
+It holds a model's own files, all in formats that execute nothing when they are read, and two more:
+`sha256`, the digests of all others as the program `sha256sum` writes them, and `settings.json`, an
+object with the keys
+
+    family      which script wrote the model and reads it: "gpt", "encoder" or "linear"
+    precision   "fp32", "tf32" or "bf16": of the arithmetic in which the test reviews were classified;
+                null for scikit-learn
+
+and those that the script adds, such as how many tokens of a review the model reads.
+"""
+
+import json
+from pathlib import Path
+
+from finetuning.cli import note
+from finetuning.errors import UserError
+from finetuning.files import folder_written_whole, sha256
+from finetuning.records import MODEL
+
+SETTINGS, DIGESTS = "settings.json", "sha256"
+
+
+def save_model(run_folder, save, **settings):
+    """Put a model into a run's folder, whole or not at all.
+
+    `save(folder)` writes its files into a folder and returns the script's own settings.
+    """
+    with folder_written_whole(Path(run_folder) / MODEL) as folder:
+        settings |= save(folder)
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        (folder / DIGESTS).write_text("".join(lines), encoding="utf-8", newline="\n")
+    note(f"Model: {Path(run_folder) / MODEL}")
+
+
+def read_settings(run_folder):
+    """The folder of a run's model and its settings; raises UserError where there is none, or a file of it is damaged.
+    """
+    folder = Path(run_folder) / MODEL
+    if not folder.is_dir():
+        raise UserError(f"{run_folder} holds no saved model; a training run with --save_model leaves one")
+    try:
+        digests = dict(reversed(line.split("  ")) for line in (folder / DIGESTS).read_text("utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / DIGESTS} is missing or damaged; train the model again") from error
+    for name in digests | {SETTINGS: ""}:
+        if not (folder / name).is_file() or sha256(folder / name) != digests.get(name):
+            raise UserError(f"{folder / name} is missing or not what was saved; train the model again")
+    return folder, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
