@@ -48,7 +48,8 @@ def parse_args(argv=None):
     parser.add_argument("run_folder", metavar="RUN_FOLDER", help="folder of a run that was made with --save_model")
     parser.add_argument("texts", nargs="*", metavar="TEXT",
                         help="a text to classify (default: each line of standard input)")
-    parser.add_argument("--csv", metavar="FILE", help="classify the column `text` of a CSV file instead (default: none)")
+    parser.add_argument("--csv", metavar="FILE",
+                        help="classify the column `text` of a CSV file instead (default: none)")
     parser.add_argument("--explain", action="store_true",
                         help="show which words push the decision of a linear model, and how far (in log-odds)")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
