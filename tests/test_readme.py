@@ -7,6 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 import download_prepare_dataset
+import predict
 import reproduce
 import train_bert_hf
 import train_gpt
@@ -16,11 +17,14 @@ from finetuning.records import run_folder
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PARSERS = {"download_prepare_dataset.py": download_prepare_dataset, "train_gpt.py": train_gpt,
            "train_bert_hf.py": train_bert_hf, "train_sklearn_logreg.py": train_sklearn_logreg,
-           "reproduce.py": reproduce}
+           "reproduce.py": reproduce, "predict.py": predict}
 
 
 def commands(text):
-    return [shlex.split(line, comments=True)[1:] for line in re.findall(r"^\s*(python \S+\.py.*)$", text, re.MULTILINE)]
+    """What is given to python in each command: [script, argument, ...]"""
+    lines = re.findall(r"^(?:.* && |torchrun (?:--n\w+ \d+ |--rdzv\w+ \S+ )+)?((?:python )?\w+\.py\b.*)$",
+                       text, re.MULTILINE)
+    return [shlex.split(line.removeprefix("python "), comments=True) for line in lines]
 
 
 def test_every_command_is_understood():
