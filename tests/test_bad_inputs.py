@@ -330,5 +330,6 @@ def test_running_out_of_memory_for_real(folder):
     process.start()
     assert end(process) == 2, (folder / "log.err").read_text()
     assert (folder / "log.err").read_text().splitlines()[-1] == (
-        "train_bert_hf.py: out of memory; try a smaller --batch_size or a shorter --context_length")
+        "train_bert_hf.py: out of memory; try --accumulate 2 or more, a smaller --batch_size or a shorter "
+        "--context_length")
     assert not (folder / "run").exists()

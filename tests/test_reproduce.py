@@ -62,13 +62,15 @@ time.sleep(60)
 @pytest.mark.parametrize("by_keyboard", [False, True])
 def test_an_interrupt_lets_the_run_save(root, by_keyboard, monkeypatch):
     """SIGTERM comes to reproduce.py alone, Ctrl-C to the run as well."""
-    before = signal.signal(signal.SIGTERM, raise_terminated)
+    handlers = {signal.SIGTERM: raise_terminated, signal.SIGINT: signal.default_int_handler}  # a job in the background
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # may ignore the latter
     try:
         with pytest.raises(KeyboardInterrupt if by_keyboard else Terminated):
             reproduce.run_to_end(["sh", "-c", 'exec "$0" "$@"' + " $$" * by_keyboard, sys.executable, "-c",
                                   SAVES_BEFORE_IT_LEAVES, str(os.getpid())])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert (root / "saved").exists()
 
 
