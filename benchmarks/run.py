@@ -143,7 +143,7 @@ def measure_logreg(args):
 
 def measure_project(args, script, settings):
     """Seconds of a training step, of evaluating a review, and of what is done once for the whole run."""
-    model, head, read_logits, train, *_ = script.build(settings)
+    model, head, read_logits, _, train, *_ = script.build(settings)
     device = select_device(args.device)
     classifier = Classifier(model.to(device), read_logits, device, select_precision(args.precision, device)[0])
     sample = train.first(max(args.reviews, args.steps * settings.batch_size))
