@@ -9,6 +9,7 @@ data preparation and the scikit-learn baselines have their plain counterparts he
 
 import math
 import os
+import tarfile
 import time
 from types import MethodType
 
@@ -115,8 +116,11 @@ def evaluate(model, read_logits, dataset, batch_size=8):
     return loss / len(dataset), correct / len(dataset)
 
 
-def prepare(folder, data_dir):
-    """Extracted aclImdb folder -> three CSV files, one review at a time."""
+def prepare(archive, data_dir):
+    """Extract the archive -> read 50,000 files, one review at a time -> three CSV files."""
+    with tarfile.open(archive) as file:
+        file.extractall(data_dir, filter="data")
+    folder = os.path.join(data_dir, "aclImdb")
     rows = []
     for part in ("test", "train"):
         for kind, label in (("pos", 1), ("neg", 0)):
