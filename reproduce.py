@@ -159,10 +159,7 @@ def run_rows(rows, seeds):
             note(f"Row {row.number}: recorded already in {run_folder(row, seed)}")
             continue
         note(f"Row {row.number}: {command}")
-        script, *arguments = shlex.split(command)[1:]
-        # A run that was interrupted left a checkpoint to go on from.
-        resume = ["--resume"] if any((ROOT / run_folder(row, seed)).glob("checkpoint*")) else []
-        if run_to_end([sys.executable, script, *arguments, *resume]):
+        if run_command(command, ROOT / run_folder(row, seed)):
             failed.append(command)
     print(summary(rows, seeds))
     if failed:
@@ -170,9 +167,18 @@ def run_rows(rows, seeds):
         sys.exit(1)
 
 
-def run_to_end(command):
+def run_command(command, folder, **environment):
+    """Run what one would type, with these environment variables added; return its exit status.
+
+    If an interrupted run left a checkpoint in its folder, go on from that.
+    """
+    resume = ["--resume"] if any(folder.glob("checkpoint*")) else []
+    return run_to_end([sys.executable, *shlex.split(command)[1:], *resume], **environment)
+
+
+def run_to_end(command, **environment):
     """Run a command; return its exit status. An interrupt ends it, too, but lets it save first."""
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}) as process:
         try:
             return process.wait()
         except KeyboardInterrupt as error:
@@ -213,8 +219,7 @@ def run_demo():
     for number, (name, command) in enumerate(DEMO.items(), 1):
         command += f" --data_dir demo --output_dir demo/results/{name} --save_model"
         note(f"\nDEMO {number} of {len(DEMO)}: {command}")
-        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        if subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, env=offline).returncode:
+        if run_command(command, folder / "results" / name, HF_HUB_OFFLINE="1"):
             raise UserError(f"the DEMO stopped, for this command failed: {command}")
     records = {name: read_record(folder / "results" / name) for name in DEMO}
     draw_demo(records, picture)

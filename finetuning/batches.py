@@ -31,7 +31,8 @@ class Batch(NamedTuple):
 class IMDbDataset(Dataset):
     """Tokenized reviews with their labels, and how a batch of them is padded.
 
-    `tokens` are the reviews as `finetuning.tokens.Tokens`. A batch is padded with `pad_token_id` to
+    `tokens` are the reviews as `finetuning.tokens.Tokens`, or with hidden states, (all tokens, width)
+    float32, in place of ids. A batch is padded with `pad_token_id` to
     `pad_to` tokens, or where these are several numbers to the least that will do, or where it is
     None to its longest review. `use_attention_mask` says whether the padding is masked; where a
     batch has none, it carries no mask.

@@ -1,4 +1,7 @@
+import json
+
 import pytest
+from conftest import REPOSITORY
 
 import train_gpt
 from benchmarks import growth, run
@@ -40,3 +43,14 @@ def test_growth_is_measured(byte_tokenizer, tiny_gpt, data_dir, monkeypatch):
     assert row["reviews"] == 100
     assert min(row["tokenizing"], row["cached"], row["batching"]) > 0
     assert growth.measure_step(args, 16)["step"] > 0
+
+
+def test_the_page_holds_what_was_measured():
+    folder = REPOSITORY / "benchmarks"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    reports = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    expected = {run.table_line(row, rounds) for report in reports for row, rounds in report["rows"].items()}
+    assert {line for line in page.splitlines() if line.startswith(tuple(f"| {row} |" for row in run.ROWS))} == expected
+    growth_report = json.loads((folder / "growth.json").read_text(encoding="utf-8"))
+    assert growth.reviews_table(growth_report["reviews"]) in page
+    assert growth.tokens_table(growth_report["tokens"]) in page
