@@ -125,7 +125,8 @@ def test_another_kind_of_device_is_refused(interrupted):
 
 @pytest.mark.parametrize("damage", [
     lambda content: b"", lambda content: content[:1000], lambda content: content[:-10],
-    lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]])
+    lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+    lambda content: bytes([content[0] ^ 1]) + content[1:]])  # the digest: what follows is whole, and not what was meant
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(interrupted, damage, capsys):
     newest, previous, resume = interrupted
     newest.write_bytes(damage(newest.read_bytes()))

@@ -58,6 +58,14 @@ time.sleep(60)
 """
 
 
+def test_a_run_that_left_a_checkpoint_is_gone_on_with(root):
+    (root / "say.py").write_text("import os, sys; open('said', 'w').write(' '.join([*sys.argv[1:], os.environ['SO']]))")
+    for checkpoint, said in (("other.pt", "--seed 7 yes"), ("checkpoint.previous.pt", "--seed 7 --resume yes")):
+        (root / checkpoint).touch()
+        assert reproduce.run_command("python say.py --seed 7", root, SO="yes") == 0
+        assert (root / "said").read_text() == said
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("by_keyboard", [False, True])
 def test_an_interrupt_lets_the_run_save(root, by_keyboard, monkeypatch):
