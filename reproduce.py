@@ -26,13 +26,32 @@ from finetuning.interrupts import Terminated
 from finetuning.machine import versions
 from finetuning.plots import draw_demo, draw_rows, draw_run
 from finetuning.records import RECORD, read_record
-from finetuning.report import comparison, recorded, resolution, results_table, splits_table, update
+from finetuning.report import (
+    comparison,
+    logs,
+    recorded,
+    resolution,
+    results_table,
+    splits_table,
+    times_table,
+    update,
+)
 from finetuning.reviews import csv_paths, read_reviews
 
 ROOT = Path(__file__).parent
 SEED = 123
 PICTURE = Path("results") / "accuracy_against_time.svg"
+BENCHMARKS = Path("benchmarks") / "results.json"
 PAGES = {"README.md": "en", "README.ja.md": "ja"}
+
+
+class PublishedLog(NamedTuple):
+    """How a published log ends, in percent and minutes; the test accuracy, which comes last, is the Experiment's."""
+
+    sample: tuple[float, float] | None  # accuracies of 20 batches of the training and the validation set
+    minutes: float | None  # of training
+    train: float
+    validation: float
 
 
 class Experiment(NamedTuple):
@@ -42,51 +61,62 @@ class Experiment(NamedTuple):
     title: str  # as published
     loads: str  # what the command loads
     published: float | None  # test accuracy in percent; None for a row of this project's own
-    minutes: float | None  # of training, as published
+    log: PublishedLog | None
     command: str
     name: str  # of the run, without its seed
+    benchmark: str | None = None  # its row in benchmarks/results.json
     data_dir: str = "."  # folder of the CSV files; runs on other than the published split are kept apart
 
 
-# The published logs of rows 4 and 5 are swapped against the table; their minutes stand with their accuracies.
+# The published logs of rows 4 and 5 are swapped against the table; here each stands with its accuracy.
 PUBLISHED_SPLIT = (
-    Experiment(1, "124M GPT-2 Baseline", "`openai-community/gpt2`, 124.4M", 91.88, 9.48,
-               "python train_gpt.py --trainable_layers all --num_epochs 1", "gpt2-small-124M-all"),
-    Experiment(2, "340M BERT", "`google-bert/bert-base-uncased`, 109.5M", 90.89, 7.65,
-               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model bert", "bert-all"),
-    Experiment(3, "66M DistilBERT", "`distilbert/distilbert-base-uncased`, 67.0M", 91.40, 4.26,
-               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model distilbert", "distilbert-all"),
-    Experiment(4, "355M RoBERTa", "`FacebookAI/roberta-large`, 355.4M", 92.95, 7.20,
+    Experiment(1, "124M GPT-2 Baseline", "`openai-community/gpt2`, 124.4M", 91.88,
+               PublishedLog((95.62, 95.00), 9.48, 95.64, 92.32),
+               "python train_gpt.py --trainable_layers all --num_epochs 1", "gpt2-small-124M-all", "gpt2-all"),
+    Experiment(2, "340M BERT", "`google-bert/bert-base-uncased`, 109.5M", 90.89,
+               PublishedLog((92.50, 88.75), 7.65, 94.35, 90.74),
+               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model bert", "bert-all", "bert-all"),
+    Experiment(3, "66M DistilBERT", "`distilbert/distilbert-base-uncased`, 67.0M", 91.40,
+               PublishedLog((95.62, 91.25), 4.26, 95.30, 91.12),
+               "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model distilbert", "distilbert-all",
+               "distilbert-all"),
+    Experiment(4, "355M RoBERTa", "`FacebookAI/roberta-large`, 355.4M", 92.95,
+               PublishedLog((92.50, 94.38), 7.20, 93.44, 93.02),
                "python train_bert_hf.py --trainable_layers last_block --num_epochs 1 --model roberta",
-               "roberta-last_block"),
-    Experiment(5, "304M DeBERTa-v3", "`microsoft/deberta-v3-base`, 184.4M", 94.69, 11.22,
+               "roberta-last_block", "roberta-last_block"),
+    Experiment(5, "304M DeBERTa-v3", "`microsoft/deberta-v3-base`, 184.4M", 94.69,
+               PublishedLog((98.12, 96.88), 11.22, 96.23, 94.52),
                "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model deberta-v3-base",
-               "deberta-v3-base-all"),
-    Experiment(6, "149M ModernBERT Base", "`answerdotai/ModernBERT-base`, 149.6M", 93.79, 10.27,
+               "deberta-v3-base-all", "deberta-v3-base-all"),
+    Experiment(6, "149M ModernBERT Base", "`answerdotai/ModernBERT-base`, 149.6M", 93.79,
+               PublishedLog((95.62, 93.75), 10.27, 95.72, 94.00),
                "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model modernbert-base",
-               "modernbert-base-all"),
-    Experiment(7, "395M ModernBERT Large", "`answerdotai/ModernBERT-large`, 395.8M", 95.07, 27.69,
+               "modernbert-base-all", "modernbert-base-all"),
+    Experiment(7, "395M ModernBERT Large", "`answerdotai/ModernBERT-large`, 395.8M", 95.07,
+               PublishedLog((96.88, 95.62), 27.69, 97.04, 95.30),
                "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model modernbert-large",
-               "modernbert-large-all"),
-    Experiment(8, "Logistic Regression Baseline", "scikit-learn, bag of words", 88.85, None,
+               "modernbert-large-all", "modernbert-large-all"),
+    Experiment(8, "Logistic Regression Baseline", "scikit-learn, bag of words", 88.85,
+               PublishedLog(None, None, 99.80, 88.62),
                "python train_sklearn_logreg.py", "logreg-counts"),
     Experiment(9, "N-gram Logistic Regression", "scikit-learn, 1- to 3-grams weighted by naive Bayes", None, None,
                "python train_sklearn_logreg.py --features nb-ngrams", "logreg-nb-ngrams"),
     Experiment(10, "22.7M MiniLM", "the folder `all-MiniLM-L6-v2`, 22.7M", None, None,
                "python train_bert_hf.py --model all-MiniLM-L6-v2 --learning_rate 5e-5 --eval_freq 250",
                "all-MiniLM-L6-v2-all-learning_rate_5e-05"),
-    Experiment(11, "124M GPT-2, Muon", "`openai-community/gpt2`, 124.4M", 92.40, None,
+    Experiment(11, "124M GPT-2, Muon", "`openai-community/gpt2`, 124.4M", 92.40,
+               PublishedLog(None, None, 97.45, 92.52),
                "python train_gpt.py --trainable_layers all --num_epochs 1 --optimizer muon",
                "gpt2-small-124M-all-optimizer_muon"),
     Experiment(12, "124M GPT-2, last real token", "`openai-community/gpt2`, 124.4M", None, None,
                "python train_gpt.py --trainable_layers all --num_epochs 1 --trainable_token_pos flexible",
-               "gpt2-small-124M-all-trainable_token_pos_flexible"),
+               "gpt2-small-124M-all-trainable_token_pos_flexible", "gpt2-flexible"),
     Experiment(13, "149M ModernBERT Base, 1,024 tokens", "`answerdotai/ModernBERT-base`, 149.6M", None, None,
                "python train_bert_hf.py --trainable_layers all --num_epochs 1 --model modernbert-base "
                "--context_length 1024", "modernbert-base-all-context_length_1024"),
 )
 EXPERIMENTS = PUBLISHED_SPLIT + tuple(
-    row._replace(number=14, title=f"{row.title}, official split", published=None, data_dir="official")
+    row._replace(number=14, title=f"{row.title}, official split", published=None, log=None, data_dir="official")
     for row in PUBLISHED_SPLIT if row.number in (8, 9, 10))
 
 # The DEMO's rows stand apart, as their runs do: {name of the run: what to type, but for folders}.
@@ -260,6 +290,8 @@ def sections(results, language):
     return {"results": results_table(EXPERIMENTS, results, language),
             "resolution": resolution(EXPERIMENTS, worse=4, better=6, language=language),
             "splits": splits_table(EXPERIMENTS, results, language),
+            "logs": logs(EXPERIMENTS, results, language),
+            "times": times_table(EXPERIMENTS, results, results.parent / BENCHMARKS, language),
             "comparison": "\n".join(["```", *comparison(found[8][0].parent, found[9][0].parent)[0], "```"])
             if found[8] and found[9] else ""}
 
@@ -272,8 +304,8 @@ def points(results):
         for record in records:
             drawn.append((f"{row.number} {row.title}", record["seconds"]["training"] / 60, record["accuracy"]["test"],
                           record["test_interval_95"]))
-        if row.published and row.minutes:
-            drawn.append((f"{row.number} {row.title}", row.minutes, row.published / 100, None))
+        if row.log and row.log.minutes:
+            drawn.append((f"{row.number} {row.title}", row.log.minutes, row.published / 100, None))
         elif not records:
             missing.append(str(row.number))
     return drawn, f"not measured yet, and no published time: rows {', '.join(missing)}" if missing else ""

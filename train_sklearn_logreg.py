@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 
 from finetuning import records
 from finetuning.cli import ArgumentParser, add_run_arguments, note, run
+from finetuning.console import accuracy_lines
 from finetuning.errors import UserError
 from finetuning.files import held
 from finetuning.machine import cpu_name, process_peak_memory, usable_cpus
@@ -157,9 +158,7 @@ def load_saved(folder, settings):
 def eval_model(model, train, validation, test):
     """Print and return a fitted model's accuracies; each set is `(features, labels)`."""
     accuracies = {"train": model.score(*train), "validation": model.score(*validation), "test": model.score(*test)}
-    print(f"Training Accuracy: {accuracies['train']:.2%}")
-    print(f"Validation Accuracy: {accuracies['validation']:.2%}")
-    print(f"Test Accuracy: {accuracies['test']:.2%}")
+    print(accuracy_lines(accuracies, "Accuracy"))
     return accuracies
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: the log on standard output, progress bars on standard error if that is a terminal."""
+"""What a run shows: the published log's lines on standard output, progress bars if standard error is a terminal."""
 
 from contextlib import contextmanager
 
@@ -13,6 +13,29 @@ def log(line):
     """Print a line of the log, above the progress bars where there are any."""
     with tqdm.external_write_mode():
         print(line, flush=True)
+
+
+def step_line(epoch, point):
+    """The log line of a point of the curve; epochs count from 1."""
+    return (f"Ep {epoch} (Step {point['step']:06d}): "
+            f"Train loss {point['train_loss']:.3f}, Val loss {point['validation_loss']:.3f}")
+
+
+def epoch_line(point):
+    """The log line after an epoch, its accuracies those of the samples that the losses are taken over."""
+    return (f"Training accuracy: {point['train_accuracy']:.2%} | "
+            f"Validation accuracy: {point['validation_accuracy']:.2%}")
+
+
+def end_of_training(seconds):
+    """The log between training and the final accuracies."""
+    return f"Training completed in {seconds / 60:.2f} minutes.\n\nEvaluating on the full datasets ...\n"
+
+
+def accuracy_lines(accuracies, noun="accuracy"):
+    """The final accuracies, `{"train", "validation", "test"}`; the scikit-learn scripts write the noun with an "A"."""
+    return "\n".join(f"{name} {noun}: {accuracies[split]:.2%}" for name, split in
+                     [("Training", "train"), ("Validation", "validation"), ("Test", "test")])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from finetuning import distributed, records
 from finetuning.checkpoint import CheckpointWriter, find_checkpoint, is_unfinished, restore, run_identity
 from finetuning.cli import note
-from finetuning.console import training_bar
+from finetuning.console import accuracy_lines, end_of_training, training_bar
 from finetuning.errors import UserError
 from finetuning.features import compute_once
 from finetuning.files import held
@@ -106,9 +106,8 @@ def fine_tune(args, name, setting, model, head, read_logits, save, train, valida
             max_steps=args.max_steps, eval_freq=args.eval_freq, eval_iter=args.eval_iter,
             group_by_length=args.group_by_length, accumulate=args.accumulate, progress=progress,
             after_step=lambda progress: [task(progress) for task in tasks])
-    print(f"Training completed in {progress.seconds / 60:.2f} minutes.", flush=True)
+    print(end_of_training(progress.seconds), flush=True)
 
-    print("\nEvaluating on the full datasets ...\n", flush=True)
     started = time.perf_counter()
     splits = {"train": train, "validation": validation, "test": test}
     logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
@@ -117,9 +116,7 @@ def fine_tune(args, name, setting, model, head, read_logits, save, train, valida
     if not distributed.is_first():
         return
     accuracies = {split: accuracy(logits[split], reviews.labels) for split, reviews in splits.items()}
-    print(f"Training accuracy: {accuracies['train']:.2%}")
-    print(f"Validation accuracy: {accuracies['validation']:.2%}")
-    print(f"Test accuracy: {accuracies['test']:.2%}")
+    print(accuracy_lines(accuracies))
 
     counts = {split: len(reviews) for split, reviews in splits.items()}
     records.write_record(folder, {

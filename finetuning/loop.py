@@ -13,7 +13,7 @@ from torch import nn
 
 from finetuning import distributed
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
-from finetuning.console import evaluation_bar, log
+from finetuning.console import epoch_line, evaluation_bar, log, step_line
 from finetuning.dropout import quick_dropout
 from finetuning.errors import UserError
 from finetuning.runtime import autocast, is_compiled, synchronize
@@ -165,8 +165,7 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
                 train_loss, validation_loss = evaluate_model(classifier, train_sample, validation_sample)
                 progress.curve.append(
                     {"step": progress.step, "train_loss": train_loss, "validation_loss": validation_loss})
-                log(f"Ep {epoch + 1} (Step {progress.step:06d}): "
-                    f"Train loss {train_loss:.3f}, Val loss {validation_loss:.3f}")
+                log(step_line(epoch + 1, progress.curve[-1]))
             progress.step += 1
             progress.seconds = time.perf_counter() - started
             if progress.step % steps_per_epoch and progress.step < last_step:
@@ -177,7 +176,7 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
             calc_accuracy_loader(reviews, classifier) for reviews in (train_sample, validation_sample))
         progress.epochs.append({"step": progress.step, "train_accuracy": train_accuracy,
                                 "validation_accuracy": validation_accuracy})
-        log(f"Training accuracy: {train_accuracy:.2%} | Validation accuracy: {validation_accuracy:.2%}")
+        log(epoch_line(progress.epochs[-1]))
         synchronize(classifier.device)
         progress.seconds = time.perf_counter() - started
         after_step(progress)

@@ -1,8 +1,10 @@
 """From records to what the pages say: the tables and sentences between the markers of both READMEs."""
 
+import json
 import math
 import statistics
 
+from finetuning.console import accuracy_lines, end_of_training, epoch_line, step_line
 from finetuning.errors import UserError
 from finetuning.files import written_whole
 from finetuning.records import RECORD, read_predictions, read_record
@@ -18,7 +20,11 @@ WORDS = {
                     "hardware", "minutes"],
         "splits": ["#", "model", "random split", "without copies", "official split (95% interval)", "log loss",
                    "calibration error"],
+        "times": ["#", "model", "published: GPU, training", "measured: whole run", "its peak memory",
+                  "hardware"],
         "not measured": "not measured yet", "own row": "(own row)", "sd": "sd {:.2f}",
+        "log": "Row {}, {}: {}", "measured": "measured here", "published": "as published", "minutes": "{:.1f} min",
+        "hours": "{:.1f} h, put together from parts",
         "resolution": "On {test:,} test reviews, accuracies of two runs near {better:.0f}% differ by more than the "
                       "luck of the draw of reviews where they lie {least:.1f} points apart, or less if the two mostly "
                       "err on the same reviews. {worse_title} at {worse:.2f}% against {better_title} at {better:.2f}% "
@@ -29,7 +35,10 @@ WORDS = {
         "results": ["#", "モデル", "コマンドが読み込むもの", "公表値", "ここでの実測値(95% 信頼区間)", "シード",
                     "ハードウェア", "分"],
         "splits": ["#", "モデル", "無作為分割", "重複を除く", "公式分割(95% 信頼区間)", "対数損失", "較正誤差"],
+        "times": ["#", "モデル", "公表値: GPU、学習のみ", "実測値: 実行全体", "そのピークメモリ", "ハードウェア"],
         "not measured": "未計測", "own row": "(独自の行)", "sd": "標準偏差 {:.2f}",
+        "log": "{} 行目、{}: {}", "measured": "ここでの実測", "published": "公表されたもの", "minutes": "{:.1f} 分",
+        "hours": "{:.1f} 時間(部分の計測から合成)",
         "resolution": "テストレビュー {test:,} 件では、{better:.0f}% 前後の二つの正解率は {least:.1f} ポイント"
                       "(同じレビューで誤ることが多ければそれ以下)離れていれば、レビューの選ばれ方の偶然を超えて異なります。"
                       "{worse_title} の {worse:.2f}% と {better_title} の {better:.2f}% の差は "
@@ -83,6 +92,73 @@ def splits_table(experiments, results, language="en"):
         lines.append(table_line([str(row.number), row.title, link(f"{means[0]:.2%}", records), f"{means[1]:.2%}",
                                  kept_apart, f"{means[2]:.3f}", f"{means[3]:.3f}"]))
     return "\n".join(lines)
+
+
+def logs(experiments, results, language="en"):
+    """The abridged console log of each experiment, folded up: of its first record, else as published."""
+    words = WORDS[language]
+    found = []
+    for row in experiments:
+        records = recorded(row, results)
+        if records:
+            log, kind = recorded_log(next(iter(records.values()))), words["measured"]
+        elif row.log:
+            log, kind = published_log(row), words["published"]
+        else:
+            continue
+        title = words["log"].format(row.number, row.title, kind)
+        found.append(f"<details><summary>{title}</summary>\n\n```\n{log}\n```\n\n</details>")
+    return "\n".join(found)
+
+
+def recorded_log(record):
+    """What a run printed on standard output, abridged."""
+    if record["precision"] is None:  # scikit-learn, behind the dummy classifier
+        return f"...\n{accuracy_lines(record['accuracy'], 'Accuracy')}"
+    steps_per_epoch = record["reviews"]["train"] // record["arguments"]["batch_size"]
+    lines = [step_line(point["step"] // steps_per_epoch + 1, point) for point in record["curve"]]
+    return "\n".join([*lines[:2], "...", *lines[2:][-1:], *map(epoch_line, record["epochs"][-1:]),
+                      end_of_training(record["seconds"]["training"]), accuracy_lines(record["accuracy"])])
+
+
+def published_log(row):
+    """The end of an experiment's published log."""
+    log = row.log
+    shares = {"train": log.train / 100, "validation": log.validation / 100, "test": row.published / 100}
+    if not log.minutes:
+        return f"...\n{accuracy_lines(shares)}"
+    sample = dict(zip(("train_accuracy", "validation_accuracy"), (share / 100 for share in log.sample), strict=True))
+    return "\n".join(["...", epoch_line(sample), end_of_training(60 * log.minutes), accuracy_lines(shares)])
+
+
+def times_table(experiments, results, benchmarks, language="en"):
+    """The Markdown table of how long each experiment takes and how much memory: from its records, else its benchmark.
+
+    `benchmarks` is the file that benchmarks/run.py writes, whose whole runs are put together from
+    measured parts.
+    """
+    words = WORDS[language]
+    measured = {row: (report["hardware"], rounds) for report in json.loads(benchmarks.read_text(encoding="utf-8"))
+                for row, rounds in report["rows"].items()}
+    lines = table_head(words["times"])
+    for row in experiments:
+        cells = [words["not measured"], "", ""]
+        if row.benchmark in measured:
+            hardware, rounds = measured[row.benchmark]
+            seconds, memory = (statistics.median(sides["project"][part] for sides in rounds)
+                               for part in ("run", "peak_memory"))
+            cells = [words["hours"].format(seconds / 3600), gigabytes(memory), hardware]
+        if records := list(recorded(row, results).values()):
+            minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
+            cells = [words["minutes"].format(minutes), gigabytes(max(record["peak_memory"] for record in records)),
+                     records[0]["hardware"]]
+        published = words["minutes"].format(row.log.minutes) if row.log and row.log.minutes else ""
+        lines.append(table_line([str(row.number), row.title, published, *cells]))
+    return "\n".join(lines)
+
+
+def gigabytes(count):
+    return f"{count / 1e9:.1f} GB"
 
 
 def recorded(row, results):

@@ -24,7 +24,7 @@ def commands(text):
     """What is given to python in each command: [script, argument, ...]"""
     lines = re.findall(r"^(?:.* && |torchrun (?:--n\w+ \d+ |--rdzv\w+ \S+ )+)?((?:python )?\w+\.py\b.*)$",
                        text, re.MULTILINE)
-    return [shlex.split(line.removeprefix("python "), comments=True) for line in lines]
+    return [shlex.split(line.removeprefix("python ").partition("`")[0], comments=True) for line in lines]
 
 
 def test_every_command_is_understood():
@@ -57,4 +57,13 @@ def code_blocks(text):
 
 def test_the_test_command_is_the_one_ci_runs():
     assert "python -m pytest" in README.splitlines()
+    assert [line for line in README.splitlines() if line.endswith("-r requirements-dev.txt && python -m pytest")]
     assert "python -m pytest" in (REPOSITORY / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("page", reproduce.PAGES)
+def test_the_layout_names_every_file(page):
+    tree = (REPOSITORY / page).read_text(encoding="utf-8").split("\n.\n├── ")[1].split("```")[0]
+    named = re.findall(r"(?:^|── )(\w+\.py)", tree)
+    assert sorted(named) == sorted(path.name for folder in (REPOSITORY, REPOSITORY / "finetuning")
+                                   for path in folder.glob("*.py") if path.name != "__init__.py")

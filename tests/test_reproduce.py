@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -8,11 +9,12 @@ import pytest
 from conftest import REPOSITORY, write_example
 
 import reproduce
+import train_gpt
 from finetuning import report
 from finetuning.errors import UserError
 from finetuning.interrupts import Terminated, raise_terminated
 from finetuning.records import RECORD, read_record
-from reproduce import Experiment
+from reproduce import Experiment, PublishedLog
 
 ROW = Experiment(8, "Counts", "scikit-learn", 88.85, None, "python train_sklearn_logreg.py", "logreg-counts")
 OFFICIAL = ROW._replace(number=14, published=None, data_dir="official")
@@ -223,6 +225,8 @@ def copy_of_the_project(tmp_path):
     for page in reproduce.PAGES:
         shutil.copy(REPOSITORY / page, tmp_path)
     shutil.copytree(REPOSITORY / "results", tmp_path / "results")
+    (tmp_path / reproduce.BENCHMARKS).parent.mkdir()
+    shutil.copy(REPOSITORY / reproduce.BENCHMARKS, tmp_path / reproduce.BENCHMARKS)
     return tmp_path
 
 
@@ -245,3 +249,42 @@ def test_a_deleted_record_shows(copy_of_the_project):
     changed = {path.as_posix() for path in before if before[path] != after[path]}
     assert changed == {"README.md", "README.ja.md", "results/accuracy_against_time.svg"}
     assert "88.85% | not measured yet" in (copy_of_the_project / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_measured_log_is_the_one_the_run_printed(tmp_path, tiny_gpt, data_dir, capsys):
+    folder = tmp_path / "results" / "tiny-seed123"
+    train_gpt.main(["--model_size", tiny_gpt, "--weights", "random", "--context_length", "16", "--data_dir",
+                    str(data_dir), "--eval_freq", "1", "--num_epochs", "2", "--output_dir", str(folder)])
+    printed = capsys.readouterr().out.splitlines()
+    assert len([line for line in printed if line.startswith("Ep ")]) == 12  # 48 reviews / 8, twice
+    log = report.recorded_log(read_record(folder)).splitlines()
+    # The first two lines, the last one, and all from the last epoch's accuracies on.
+    assert log == [*printed[:2], "...", printed[-9], *printed[-8:]]
+    assert log[3].startswith("Ep 2 (Step 000011)")
+
+
+def test_a_published_log_is_shown_where_nothing_was_measured(tmp_path):
+    row = ROW._replace(log=PublishedLog((95.62, 95.0), 9.48, 95.64, 92.32), published=91.88)
+    text = report.logs([row], tmp_path)
+    assert text.startswith("<details><summary>Row 8, Counts: as published</summary>")
+    assert ("...\nTraining accuracy: 95.62% | Validation accuracy: 95.00%\nTraining completed in 9.48 minutes.\n\n"
+            "Evaluating on the full datasets ...\n\nTraining accuracy: 95.64%\nValidation accuracy: 92.32%\n"
+            "Test accuracy: 91.88%\n") in text
+    assert report.logs([row._replace(log=None)], tmp_path) == ""
+    write_example(tmp_path / "results" / "logreg-counts-seed1", reviews=report.REVIEWS["."])
+    assert "measured here" in report.logs([row], tmp_path / "results")
+
+
+def test_times_are_those_of_the_record_or_put_together_from_parts(tmp_path):
+    results, benchmarks = tmp_path / "results", tmp_path / "results.json"
+    sides = [{"reference": {}, "project": {"run": hours * 3600, "peak_memory": 2e9}} for hours in (1, 9, 2)]
+    benchmarks.write_text(json.dumps([{"hardware": "a GPU", "rows": {"counts": sides}}]))
+    row = ROW._replace(log=PublishedLog((1, 1), 9.48, 1, 1))
+
+    def line(row):
+        return report.times_table([row], results, benchmarks).splitlines()[-1]
+    assert line(row) == "| 8 | Counts | 9.5 min | not measured yet |  |  |"
+    row = row._replace(benchmark="counts")
+    assert line(row) == "| 8 | Counts | 9.5 min | 2.0 h, put together from parts | 2.0 GB | a GPU |"
+    table_record(results / "logreg-counts-seed123", 0.9, peak_memory=3_000_000_000)
+    assert line(row) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"
