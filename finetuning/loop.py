@@ -14,12 +14,12 @@ from torch import nn
 from finetuning import distributed
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
 from finetuning.console import epoch_line, evaluation_bar, log, step_line
-from finetuning.dropout import quick_dropout
 from finetuning.errors import UserError
+from finetuning.quick import quick_cpu
 from finetuning.runtime import autocast, is_compiled, synchronize
 
 # Tokens in a batch of evaluation: enough to keep the device busy, no more memory than training takes.
-EVALUATION_TOKENS = {"cpu": 16 * 256, "mps": 64 * 256, "cuda": 256 * 256}
+EVALUATION_TOKENS = {"cpu": 8 * 256, "mps": 64 * 256, "cuda": 256 * 256}
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Classifier:
         """Batch on the classifier's device -> logits (batch, classes), float32."""
         # A compiler does better without it, and to a GPU it would be of no use.
         quick = self.device.type == "cpu" and not is_compiled(self.model)
-        with autocast(self.device, self.precision), quick_dropout() if quick else nullcontext():
+        with autocast(self.device, self.precision), quick_cpu() if quick else nullcontext():
             # A copy: where a compiled model runs as a CUDA graph, its next call overwrites what this one returned.
             return self.read_logits(self.model, batch).to(torch.float32, copy=True)
 

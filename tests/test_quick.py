@@ -1,0 +1,159 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIGS
+from transformers import AutoModelForSequenceClassification
+
+from finetuning import quick
+from finetuning.quick import quick_cpu
+
+
+def test_dropout_keeps_the_right_share_and_scales_it():
+    x = torch.ones(1000, 1000)
+    with quick_cpu():
+        y = F.dropout(x, 0.1)
+    kept = y != 0
+    # 900,000 +- 300 elements are kept: five standard deviations either way.
+    assert abs(kept.sum().item() - 900_000) < 1_500
+    assert torch.allclose(y[kept], torch.tensor(1 / 0.9))
+    # Neighbours share a random number, and yet are dropped independently: 0.81 +- 0.0004 of the pairs stay.
+    assert (kept[:, 1:] & kept[:, :-1]).float().mean().item() == pytest.approx(0.81, abs=0.003)
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.5, [0, 0, 1, 1]), (1 / 2**16, [0, 1, 1, 1])])
+def test_the_threshold_by_hand(p, expected):
+    drawn = torch.tensor([-2**15, -1, 0, 2**15 - 1], dtype=torch.int16)
+    assert quick.kept(drawn, p, torch.float32).tolist() == expected
+
+
+def test_the_same_seed_drops_the_same():
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with quick_cpu():
+            outputs.append(F.dropout(torch.ones(7, 9), 0.5))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_the_gradient_of_dropout_is_its_mask():
+    x = torch.randn(50, 50, requires_grad=True)
+    with quick_cpu():
+        y = F.dropout(x, 0.3)
+    y.sum().backward()
+    assert torch.allclose(x.grad * x, y)
+
+
+def textbook_attention(query, key, value, allowed, p, lengths):
+    """Attention written out, dropping by the same random numbers: one draw a review, for its own keys."""
+    outputs = []
+    for review, length in enumerate(lengths):
+        scores = query[review] @ key[review, :, :length].mT / query.shape[-1] ** 0.5
+        weights = scores.masked_fill(~allowed[review, :, :, :length], -torch.inf).softmax(dim=-1)
+        if p:
+            weights = weights * quick.kept(quick.draw(weights.shape), p, weights.dtype) / (1 - p)
+        outputs.append(weights @ value[review, :, :length])
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("p", [0.4, 0.0])
+@pytest.mark.parametrize("mask", ["padding and a hole", "causal", None])
+def test_attention_and_its_gradients_are_the_textbook_s(mask, p, monkeypatch):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    allowed, lengths = torch.ones(2, 1, 7, 7, dtype=torch.bool), [7, 7]
+    if mask == "causal":
+        allowed = allowed.tril()
+    elif mask:
+        allowed[0, :, :, 5:] = False  # a review of 5 tokens
+        allowed[1, :, 2, 3] = False  # as of a local window
+        lengths = [5, 7]
+    upstream = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    monkeypatch.setattr(quick, "QUICK_DTYPE", torch.float64)  # so that the comparison is not one of rounding
+
+    torch.manual_seed(1)
+    with quick_cpu():
+        output = F.scaled_dot_product_attention(*tensors, attn_mask=None if mask in (None, "causal") else allowed,
+                                                dropout_p=p, is_causal=mask == "causal")
+    assert output.grad_fn.name() == "AttentionBackward"
+    torch.manual_seed(1)
+    expected = textbook_attention(*tensors, allowed, p, lengths)
+    assert torch.allclose(output, expected)
+    for gradient, wanted in zip(torch.autograd.grad(output, tensors, upstream),
+                                torch.autograd.grad(expected, tensors, upstream), strict=True):
+        assert torch.allclose(gradient, wanted)
+
+
+@pytest.mark.parametrize("mask", ["causal", None])
+def test_bf16_attention_is_about_as_exact_as_pytorch_s(mask):
+    """Also where scores are large, as they are in a pretrained GPT-2: here they spread by 4."""
+    torch.manual_seed(0)
+    tensors = [scale * torch.randn(2, 3, 256, 32) for scale in (4, 1, 1)]
+    tensors = [tensor.bfloat16().requires_grad_() for tensor in tensors]
+    upstream = torch.randn(2, 3, 256, 32).bfloat16()
+    allowed = torch.ones(2, 1, 256, 256, dtype=torch.bool)
+    doubles = [tensor.double() for tensor in tensors]
+    exact = textbook_attention(*doubles, allowed.tril() if mask else allowed, 0.0, [256, 256])
+    exact = exact, *torch.autograd.grad(exact, doubles, upstream.double())
+    errors = []
+    for mode in (quick_cpu(), torch.enable_grad()):
+        with mode:
+            output = F.scaled_dot_product_attention(*tensors, is_causal=mask == "causal")
+        assert (output.grad_fn.name() == "AttentionBackward") == (not errors)
+        found = output, *torch.autograd.grad(output, tensors, upstream)
+        errors.append([(a - b).square().mean().sqrt().item() for a, b in zip(found, exact, strict=True)])
+    # Output, and the gradients of query, key and value; single numbers of bf16 are off by up to 1 / 256.
+    assert all(quick < 2 * fused for quick, fused in zip(*errors, strict=True))
+    assert all(error < 0.01 * value.square().mean().sqrt() for error, value in zip(errors[0], exact, strict=True))
+
+
+def test_in_bf16_gelu_is_as_close_to_its_tanh_approximation_as_pytorch_s():
+    """Over all numbers of bf16 from -8 to 8, and over those that activations are like."""
+    numbers = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.bfloat16)
+    torch.manual_seed(0)
+    for x in (numbers[numbers.abs() <= 8], torch.randn(10_000).bfloat16()):
+        exact = F.gelu(x.double(), approximate="tanh")
+        with quick_cpu():
+            output = F.gelu(x, approximate="tanh")
+        assert torch.equal(output, F.gelu(x))
+        assert (output - exact).abs().max() < 2**-7 + 0.0005  # half of the last bit of 4 to 8, and the approximation
+        errors = [(y - exact).square().mean().sqrt() for y in (output, F.gelu(x, approximate="tanh"))]
+        assert errors[0] < 1.02 * errors[1]
+
+
+def test_in_fp32_gelu_stays_what_it_is():
+    x = torch.linspace(-4, 4, 101)
+    with quick_cpu():
+        assert torch.equal(F.gelu(x, approximate="tanh"), torch.nn.GELU("tanh")(x))
+    assert not torch.equal(F.gelu(x, approximate="tanh"), F.gelu(x))
+
+
+@pytest.mark.parametrize("arguments", [
+    {"dropout_p": 0.0}, {"dropout_p": 0.0, "is_causal": True}, {"dropout_p": 0.1, "enable_gqa": True},
+    {"dropout_p": 0.1, "attn_mask": torch.zeros(1, 1, 5, 5)},
+    {"dropout_p": 0.1, "attn_mask": torch.zeros(1, 1, 5, 5, dtype=torch.bool)}])
+def test_what_it_does_not_know_is_left_to_pytorch(arguments):
+    query = torch.randn(1, 2, 5, 4, requires_grad=True)
+    outputs = []
+    for mode in (quick_cpu(), torch.enable_grad()):
+        torch.manual_seed(0)
+        with mode:
+            outputs.append(F.scaled_dot_product_attention(query, query, query, **arguments))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta"])
+def test_no_model_draws_its_dropout_the_slow_way(name):
+    model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS[name]).train()
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    with torch.profiler.profile() as profile, quick_cpu():
+        model(input_ids=torch.full((2, 8), 7), attention_mask=mask).logits.sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "Attention" in names
+    assert "aten::bernoulli_" not in names
+
+
+def test_under_autocast_attention_is_in_its_precision():
+    query = torch.randn(1, 2, 5, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), quick_cpu():
+        assert F.scaled_dot_product_attention(query, query, query, dropout_p=0.1).dtype == torch.bfloat16
