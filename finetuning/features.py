@@ -26,12 +26,20 @@ def compute_once(args, classifier, head, *datasets):
     if args.trainable_layers == "last_layer" and is_fixed(classifier, datasets[0]):
         note("Nothing before the output layer learns or varies: computing what it reads, once")
         return freeze_features(classifier, head, *datasets)
+    if (args.trainable_layers != "last_block" or not hasattr(model, "before_last_block")
+            or not is_fixed(classifier, datasets[0])):
+        return classifier, datasets
     # Only a second epoch would compute it again; hidden states of every token are large.
-    if (args.trainable_layers == "last_block" and args.num_epochs > 1 and hasattr(model, "before_last_block")
-            and is_fixed(classifier, datasets[0])
-            and sum(hidden_bytes(model, dataset) for dataset in datasets) < SHARE_OF_MEMORY * available_memory()):
+    if args.num_epochs > 1 and fit_in_memory(model, datasets):
         note("Nothing before the last block learns or varies: computing what it reads, once")
         return classifier, [freeze_hidden_states(classifier, dataset) for dataset in datasets]
+    # The reviews that every log line evaluates are few.
+    samples = [dataset.first(args.eval_iter * args.batch_size) for dataset in datasets[:2]]
+    if fit_in_memory(model, samples):
+        note("Nothing before the last block learns or varies: computing what it reads for the log lines, once")
+        samples = [freeze_hidden_states(classifier, sample) for sample in samples]
+        datasets = [dataset.with_sample(sample) for dataset, sample in zip(datasets, samples, strict=False)] + [
+            *datasets[2:]]
     return classifier, datasets
 
 
@@ -127,6 +135,7 @@ def kept_lengths(dataset):
     return np.full_like(dataset.lengths, dataset.pad_to) if isinstance(dataset.pad_to, int) else dataset.lengths
 
 
-def hidden_bytes(model, dataset):
-    """Memory that `freeze_hidden_states` takes."""
-    return int(kept_lengths(dataset).sum()) * model.tok_emb.embedding_dim * np.dtype(np.float32).itemsize
+def fit_in_memory(model, datasets):
+    """Whether what `freeze_hidden_states` returns of all of them may be kept."""
+    tokens = sum(int(kept_lengths(dataset).sum()) for dataset in datasets)
+    return tokens * model.tok_emb.embedding_dim * np.dtype(np.float32).itemsize < SHARE_OF_MEMORY * available_memory()

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 import train_bert_hf
 import train_gpt
 from finetuning import features, records
-from finetuning.features import compute_once, freeze_features, hidden_bytes, is_fixed
+from finetuning.features import compute_once, fit_in_memory, freeze_features, is_fixed
 from finetuning.layers import set_trainable
 from finetuning.loop import Classifier, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
@@ -62,7 +62,7 @@ def test_dropout_makes_features_vary(name):
     torch.set_rng_state(state)
 
 
-TWO_EPOCHS = Namespace(trainable_layers="last_block", num_epochs=2)
+TWO_EPOCHS = Namespace(trainable_layers="last_block", num_epochs=2, eval_iter=2, batch_size=8)
 
 
 @pytest.mark.parametrize("read_logits", [*train_gpt.TOKEN_POSITIONS.values(), *train_gpt.AVERAGES.values()])
@@ -82,24 +82,58 @@ def test_a_gpts_last_block_learns_the_same_from_hidden_states(read_logits, monke
     assert len(set(runs[0])) == len(runs[0])
 
 
-def test_hidden_states_need_memory_for_all_that_is_read():
+@pytest.mark.parametrize("read_logits", [*train_gpt.TOKEN_POSITIONS.values(), *train_gpt.AVERAGES.values()])
+def test_in_one_epoch_the_log_lines_come_from_hidden_states(read_logits, monkeypatch):
+    """2 x 16 of the reviews, which every log line evaluates; the losses are those without, and cost one block."""
+    monkeypatch.setattr(features, "available_memory", lambda: 10**9)
+    curves, blocks = [], []
+    for trainable in ("last_block", "all"):  # the latter leaves the sets as they are
+        model, layers = gpt()
+        set_trainable(model, "last_block", layers)
+        classifier = Classifier(model, read_logits, CPU)
+        args = Namespace(trainable_layers=trainable, num_epochs=1, eval_iter=2, batch_size=8)
+        datasets = [gpt_dataset(reviews(50, seed)) for seed in range(3)]
+        if read_logits in (train_gpt.read_last_real, train_gpt.average_real):
+            for dataset in datasets:
+                dataset.pad_to = None
+        _, (train, validation, test) = compute_once(args, classifier, layers.head, *datasets)
+        assert train.token_ids.ndim == validation.token_ids.ndim == test.token_ids.ndim == 1
+        assert train.first(16).token_ids.ndim == (2 if trainable == "last_block" else 1)
+        assert train.first(17).token_ids.ndim == test.first(16).token_ids.ndim == 1
+        torch.manual_seed(123)
+        optimizer = build_optimizer("adamw", model, layers.head, learning_rate=1e-2)
+        progress = train_classifier_simple(classifier, optimizer, train, validation, num_epochs=1, batch_size=8,
+                                           eval_freq=1, eval_iter=2)
+        curves.append([point["validation_loss"] for point in progress.curve])
+        calls = []
+        model.trf_blocks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        predict(train.first(16), classifier)
+        blocks.append(len(calls) > 0)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert len(set(curves[0])) == 6
+    assert blocks == [False, True]
+
+
+def test_hidden_states_need_memory_for_all_that_is_read(monkeypatch):
+    """Of the free memory half may be taken."""
     model, _ = gpt()
     width = model.tok_emb.embedding_dim
     dataset = gpt_dataset(reviews(50))
-    assert hidden_bytes(model, dataset) == 50 * dataset.pad_to * width * 4
-    dataset.pad_to = None
-    assert hidden_bytes(model, dataset) == dataset.lengths.sum() * width * 4
+    sizes = [50 * dataset.pad_to * width * 4, int(dataset.lengths.sum()) * width * 4]
+    for pad_to, size in zip((dataset.pad_to, None), sizes, strict=True):
+        dataset.pad_to = pad_to
+        for free, fits in ((4 * size, False), (4 * size + 2, True)):
+            monkeypatch.setattr(features, "available_memory", lambda free=free: free)
+            assert fit_in_memory(model, [dataset, dataset]) == fits
 
 
-def test_one_epoch_computes_nothing_beforehand(monkeypatch):
+def test_where_all_layers_learn_nothing_is_computed_beforehand(monkeypatch):
     monkeypatch.setattr(features, "available_memory", lambda: 10**9)
     model, layers = gpt()
-    set_trainable(model, "last_block", layers)
     dataset = gpt_dataset(reviews(10))
-    for trainable, epochs in (("last_block", 1), ("all", 2)):
-        settings = Namespace(trainable_layers=trainable, num_epochs=epochs)
-        _, (same,) = compute_once(settings, Classifier(model, train_gpt.read_last, CPU), layers.head, dataset)
-        assert same is dataset
+    settings = Namespace(trainable_layers="all", num_epochs=2)
+    _, (same,) = compute_once(settings, Classifier(model, train_gpt.read_last, CPU), layers.head, dataset)
+    assert same is dataset
 
 
 def test_train_gpt_uses_it_for_the_last_layer_alone(tiny_gpt, data_dir, tmp_path, monkeypatch, capsys):
