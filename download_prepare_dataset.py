@@ -82,8 +82,9 @@ def load_dataset_to_dataframe(source):
                for folder in FOLDERS if len(reviews[folder]) != REVIEWS_PER_FOLDER]
     if lacking:
         raise UserError(f"{source} is not the whole dataset: {', '.join(lacking)}; delete it and download it again")
-    rows = [(decode(content, f"{folder}/{name}"), LABELS[Path(folder).name], Path(folder).parent.name)
-            for folder in FOLDERS for name, content in sorted(reviews[folder].items())]
+    # Each review's bytes are let go as its text comes, so that memory holds the dataset once.
+    rows = [(decode(reviews[folder].pop(name), f"{folder}/{name}"), LABELS[Path(folder).name], Path(folder).parent.name)
+            for folder in FOLDERS for name in sorted(reviews[folder])]
     return pd.DataFrame(rows, columns=["text", "label", "part"])
 
 
