@@ -62,10 +62,9 @@ class Features(NamedTuple):
 
 
 FEATURES = {
-    # The published solver, lbfgs, stops near the optimum of this convex loss; Newton's method comes
-    # closer in half the time, so close that rounding does not show in the printed digits.
-    "counts": Features("Logistic regression classifier:", WordCounts,
-                       {"solver": "newton-cg", "tol": 1e-6}),
+    # The published solver, lbfgs, stops near the optimum of this convex loss; Newton's method comes closer
+    # in a third of the time, to within some 0.02 points of the accuracies at the optimum itself.
+    "counts": Features("Logistic regression classifier:", WordCounts, {"solver": "newton-cg"}),
     # Settings chosen on the validation set.
     "nb-ngrams": Features("N-gram logistic regression classifier:", NaiveBayesNgrams,
                           {"solver": "liblinear", "dual": True, "C": 100, "tol": 0.1}),
