@@ -160,7 +160,8 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     elif attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.dtype != torch.bool
                                     or not attn_mask.any(dim=-1).all()):
         return None
-    return Attention.apply(query, key, value, attn_mask, dropout_p, scale or query.shape[-1] ** -0.5)
+    with torch.autocast("cpu", enabled=False):  # it would round the scores
+        return Attention.apply(query, key, value, attn_mask, dropout_p, scale or query.shape[-1] ** -0.5)
 
 
 def gelu(input, approximate="none"):

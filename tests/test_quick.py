@@ -97,7 +97,7 @@ def test_bf16_attention_is_about_as_exact_as_pytorch_s(mask):
     exact = exact, *torch.autograd.grad(exact, doubles, upstream.double())
     errors = []
     for mode in (quick_cpu(), torch.enable_grad()):
-        with mode:
+        with mode, torch.autocast("cpu", dtype=torch.bfloat16):
             output = F.scaled_dot_product_attention(*tensors, is_causal=mask == "causal")
         assert (output.grad_fn.name() == "AttentionBackward") == (not errors)
         found = output, *torch.autograd.grad(output, tensors, upstream)
