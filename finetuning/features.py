@@ -9,9 +9,9 @@ from torch import nn
 
 from finetuning.batches import IMDbDataset, evaluation_order
 from finetuning.cli import note
-from finetuning.loop import EVALUATION_TOKENS, Classifier, predict
+from finetuning.loop import EVALUATION_TOKENS, Classifier, evaluating, predict
 from finetuning.machine import available_memory
-from finetuning.runtime import autocast, random_state
+from finetuning.runtime import random_state
 from finetuning.tokens import Tokens
 
 SHARE_OF_MEMORY = 0.5  # of what is free, that may go into keeping hidden states
@@ -121,7 +121,7 @@ def freeze_hidden_states(classifier, dataset):
     states = np.empty((lengths.sum(), classifier.model.tok_emb.embedding_dim), dtype=np.float32)
     starts = np.cumsum(lengths) - lengths
     order = evaluation_order(dataset.padded(dataset.lengths), EVALUATION_TOKENS[classifier.device.type])
-    with torch.inference_mode(), autocast(classifier.device, classifier.precision):
+    with evaluating(classifier):
         for indices in order:
             hidden = classifier.model.before_last_block(dataset.batch(indices).to(classifier.device).input_ids)
             for row, index in zip(hidden.float().cpu().numpy(), indices, strict=True):

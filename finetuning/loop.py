@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from finetuning import distributed
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
 from finetuning.console import epoch_line, evaluation_bar, log, step_line
 from finetuning.errors import UserError
-from finetuning.quick import quick_cpu
+from finetuning.quick import packed_weights, quick_cpu
 from finetuning.runtime import autocast, is_compiled, synchronize
 
 # Tokens in a batch of evaluation: enough to keep the device busy, no more memory than training takes.
@@ -33,11 +33,14 @@ class Classifier:
 
     def __call__(self, batch):
         """Batch on the classifier's device -> logits (batch, classes), float32."""
-        # A compiler does better without it, and to a GPU it would be of no use.
-        quick = self.device.type == "cpu" and not is_compiled(self.model)
-        with autocast(self.device, self.precision), quick_cpu() if quick else nullcontext():
+        with autocast(self.device, self.precision), quick_cpu() if self.quick else nullcontext():
             # A copy: where a compiled model runs as a CUDA graph, its next call overwrites what this one returned.
             return self.read_logits(self.model, batch).to(torch.float32, copy=True)
+
+    @property
+    def quick(self):
+        """Whether `finetuning.quick` computes: a compiler does better without it, to a GPU it would be of no use."""
+        return self.device.type == "cpu" and not is_compiled(self.model)
 
 
 @dataclass
@@ -75,6 +78,14 @@ def calc_gradients(reviews, indices, classifier, accumulate=1):
     return distributed.mean(sum(losses))
 
 
+@contextmanager
+def evaluating(classifier):
+    """Without gradients and in the classifier's precision; each weight is rounded, and laid out for a CPU, once."""
+    with (torch.inference_mode(), autocast(classifier.device, classifier.precision),
+          packed_weights() if classifier.quick else nullcontext()):
+        yield
+
+
 def predict(reviews, classifier):
     """Logits (len(reviews), classes) of an IMDbDataset, float32 on the CPU, in the dataset's order.
 
@@ -86,8 +97,7 @@ def predict(reviews, classifier):
     share = np.arange(distributed.rank(), len(reviews), distributed.size())
     order = [share[indices] for indices in
              evaluation_order(reviews.padded(reviews.lengths[share]), EVALUATION_TOKENS[classifier.device.type])]
-    # One autocast context around all batches, so that weights are rounded to bf16 once.
-    with torch.inference_mode(), autocast(classifier.device, classifier.precision):
+    with evaluating(classifier):
         logits = [classifier(reviews.batch(indices).to(classifier.device)) for indices in evaluation_bar(order)]
     classifier.model.train(was_training)
     order, logits = zip(*distributed.gather([(indices, part.cpu()) for indices, part in

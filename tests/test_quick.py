@@ -1,10 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CONFIGS
+from conftest import TINY_CONFIGS, reviews
+from test_loop import CPU, encoder_dataset
 from transformers import AutoModelForSequenceClassification
 
+import train_bert_hf
 from finetuning import quick
+from finetuning.loop import EVALUATION_TOKENS, Classifier, predict
 from finetuning.quick import quick_cpu
 
 
@@ -126,6 +129,43 @@ def test_in_fp32_gelu_stays_what_it_is():
     with quick_cpu():
         assert torch.equal(F.gelu(x, approximate="tanh"), torch.nn.GELU("tanh")(x))
     assert not torch.equal(F.gelu(x, approximate="tanh"), F.gelu(x))
+
+
+def count(profile, name):
+    return sum(event.count for event in profile.key_averages() if event.key == name)
+
+
+@pytest.mark.skipif(not quick.CAN_PACK, reason="this build of PyTorch cannot lay out weights")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_evaluation_lays_out_each_weight_once_and_computes_the_same(precision, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["bert"])
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    classifier = Classifier(model, train_bert_hf.read_logits, CPU, precision)
+    monkeypatch.setitem(EVALUATION_TOKENS, "cpu", 64)
+    dataset = encoder_dataset(reviews(20))
+    with torch.profiler.profile() as profile:
+        found = predict(dataset, classifier)
+    assert count(profile, "mkldnn::_reorder_linear_weight") == (linears if precision == "bf16" else 0)
+    assert count(profile, "aten::linear") == (0 if precision == "bf16" else count(profile, "aten::gelu") * linears / 2)
+    monkeypatch.setattr(quick, "CAN_PACK", False)
+    assert torch.equal(found, predict(dataset, classifier))
+
+
+def test_weights_are_laid_out_anew_when_they_have_changed():
+    layer = torch.nn.Linear(4, 2)
+    for factor in (1, 2):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), quick.packed_weights():
+            layer.weight.fill_(factor)
+            layer.bias.fill_(0.5)
+            assert layer(torch.ones(3, 4)).tolist() == [[4 * factor + 0.5] * 2] * 3
+
+
+def test_layers_that_learn_keep_their_weights_as_they_are():
+    layer = torch.nn.Linear(4, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), quick.packed_weights():
+        layer(torch.ones(3, 4)).sum().backward()
+    assert layer.weight.grad.tolist() == [[3.0] * 4] * 2
 
 
 @pytest.mark.parametrize("arguments", [
