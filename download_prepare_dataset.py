@@ -94,6 +94,7 @@ def read_archive(path):
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
+                archive.members.clear()  # or it would remember all of them, a kilobyte each
                 match = REVIEW_NAME.fullmatch(member.name)
                 if not match or not member.isfile():
                     continue
