@@ -134,7 +134,8 @@ class quick_cpu(TorchFunctionMode):  # noqa: N801, a context like torch.no_grad
 class packed_weights(TorchFunctionMode):  # noqa: N801
     """Within this context linear layers in bf16 lay out each weight once as the CPU multiplies it, not at every call.
 
-    For evaluation: no gradients, and weights that stay as they are.
+    For evaluation: no gradients, and weights that stay as they are. Weights that never learn are left alone:
+    of the others autocast would keep a rounded copy anyway, so that this takes no more memory.
     """
 
     def __init__(self):
@@ -142,9 +143,9 @@ class packed_weights(TorchFunctionMode):  # noqa: N801
         self.packed = {}  # by the weight's id; the weight goes with it, so that no other one gets that id
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if (function is not F.linear or kwargs or args[0].device.type != "cpu" or torch.is_grad_enabled()
-                or not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16
-                or not CAN_PACK):
+        if (function is not F.linear or kwargs or args[0].device.type != "cpu" or not args[1].requires_grad
+                or torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu")
+                or torch.get_autocast_dtype("cpu") != torch.bfloat16 or not CAN_PACK):
             return function(*args, **(kwargs or {}))
         x, weight, bias = args if len(args) == 3 else (*args, None)
         if id(weight) not in self.packed:

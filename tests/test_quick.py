@@ -136,18 +136,21 @@ def count(profile, name):
 
 
 @pytest.mark.skipif(not quick.CAN_PACK, reason="this build of PyTorch cannot lay out weights")
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_evaluation_lays_out_each_weight_once_and_computes_the_same(precision, monkeypatch):
+@pytest.mark.parametrize(("precision", "learns"), [("bf16", True), ("bf16", False), ("fp32", True)])
+def test_evaluation_lays_out_each_weight_once_and_computes_the_same(precision, learns, monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["bert"])
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-    classifier = Classifier(model, train_bert_hf.read_logits, CPU, precision)
+    classifier = Classifier(model.requires_grad_(learns), train_bert_hf.read_logits, CPU, precision)
     monkeypatch.setitem(EVALUATION_TOKENS, "cpu", 64)
     dataset = encoder_dataset(reviews(20))
     with torch.profiler.profile() as profile:
         found = predict(dataset, classifier)
-    assert count(profile, "mkldnn::_reorder_linear_weight") == (linears if precision == "bf16" else 0)
-    assert count(profile, "aten::linear") == (0 if precision == "bf16" else count(profile, "aten::gelu") * linears / 2)
+    packs = precision == "bf16" and learns
+    assert count(profile, "mkldnn::_reorder_linear_weight") == (linears if packs else 0)
+    batches = count(profile, "aten::gelu") / model.config.num_hidden_layers
+    assert batches > 1
+    assert count(profile, "mkldnn::_linear_pointwise") == (linears * batches if packs else 0)
     monkeypatch.setattr(quick, "CAN_PACK", False)
     assert torch.equal(found, predict(dataset, classifier))
 
