@@ -48,7 +48,8 @@ def main(argv=None):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Measure how time and memory grow with the number of reviews and tokens.")
+    parser = ArgumentParser(prog="benchmarks/growth.py",
+                            description="Measure how time and memory grow with the number of reviews and tokens.")
     parser.add_argument("--data_dir", default=".", help="folder of the three CSV files")
     parser.add_argument("--reviews", nargs="+", type=positive_int, default=[5_000, 50_000, 500_000], metavar="N",
                         help="numbers of reviews to tokenize and batch")

@@ -36,7 +36,8 @@ def main(argv=None):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Compare fp32 and bf16 arithmetic on a model that learns.")
+    parser = ArgumentParser(prog="benchmarks/precision.py",
+                            description="Compare fp32 and bf16 arithmetic on a model that learns.")
     parser.add_argument("--model", default="all-MiniLM-L6-v2", help="as for train_bert_hf.py")
     parser.add_argument("--data_dir", default=".", help="folder of the three CSV files")
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[123, 124, 125], metavar="SEED",

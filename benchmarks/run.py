@@ -86,7 +86,7 @@ def write_report(path, report):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Time this project against a plain reference loop.")
+    parser = ArgumentParser(prog="benchmarks/run.py", description="Time this project against a plain reference loop.")
     parser.add_argument("rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="what to time")
     parser.add_argument("--data_dir", default=".", help="folder of the three CSV files")
     parser.add_argument("--archive", help="archive of the reviews, for the row data")

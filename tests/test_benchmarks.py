@@ -84,7 +84,10 @@ def test_the_page_holds_what_was_measured():
     page = (folder / "README.md").read_text(encoding="utf-8")
     reports = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     expected = {run.table_line(row, rounds) for report in reports for row, rounds in report["rows"].items()}
-    assert {line for line in page.splitlines() if line.startswith(tuple(f"| {row} |" for row in run.ROWS))} == expected
+    starts = tuple(f"| {row}{end}" for row in run.ROWS for end in (" |", ", fp32 |"))
+    assert {line for line in page.splitlines() if line.startswith(starts)} == expected
+    precision_report = json.loads((folder / "precision.json").read_text(encoding="utf-8"))
+    assert precision.table(precision_report["seeds"]) in page
     growth_report = json.loads((folder / "growth.json").read_text(encoding="utf-8"))
     assert growth.reviews_table(growth_report["reviews"]) in page
     assert growth.tokens_table(growth_report["tokens"]) in page
