@@ -38,8 +38,7 @@ def compute_once(args, classifier, head, *datasets):
     if fit_in_memory(model, samples):
         note("Nothing before the last block learns or varies: computing what it reads for the log lines, once")
         samples = [freeze_hidden_states(classifier, sample) for sample in samples]
-        datasets = [dataset.with_sample(sample) for dataset, sample in zip(datasets, samples, strict=False)] + [
-            *datasets[2:]]
+        datasets = [*map(IMDbDataset.with_sample, datasets, samples), *datasets[2:]]
     return classifier, datasets
 
 

@@ -80,7 +80,7 @@ def calc_gradients(reviews, indices, classifier, accumulate=1):
 
 @contextmanager
 def evaluating(classifier):
-    """Without gradients and in the classifier's precision; each weight is rounded, and laid out for a CPU, once."""
+    """Without gradients and in the classifier's precision; a weight that learns is rounded but once."""
     with (torch.inference_mode(), autocast(classifier.device, classifier.precision),
           packed_weights() if classifier.quick else nullcontext()):
         yield

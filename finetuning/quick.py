@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 QUICK_DTYPE = torch.bfloat16  # in which attention without dropout gains by being done here
-# The operators with which PyTorch's compiler does so; not every build has them.
+# PyTorch's compiler lays out weights with these operators, which are not public; not every build has them.
 CAN_PACK = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
 LONGEST = 512  # tokens up to which bf16 attention is quicker here than in PyTorch's fused kernel
