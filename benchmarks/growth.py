@@ -24,10 +24,10 @@ from finetuning.batches import IMDbDataset, evaluation_order, training_order
 from finetuning.cli import ArgumentParser, positive_int, run
 from finetuning.files import written_whole
 from finetuning.loop import EVALUATION_TOKENS, Classifier, calc_loss_batch
-from finetuning.machine import process_peak_memory, versions
+from finetuning.machine import git_commit, process_peak_memory, versions
 from finetuning.optimizers import build_optimizer
 from finetuning.reviews import csv_paths, read_reviews
-from finetuning.runtime import hardware, select_device, select_precision, synchronize
+from finetuning.runtime import hardware, keep_freed_memory, select_device, select_precision, synchronize
 from finetuning.tokens import Tokens, cached_tokens
 
 CONTEXT_LENGTH, BATCH_SIZE = 256, 8  # as published
@@ -40,6 +40,7 @@ def main(argv=None):
         print(json.dumps({"reviews": measure_reviews, "tokens": measure_step}[kind](args, int(size))))
         return
     report = {"command": args.command, "hardware": hardware(select_device(args.device)), "versions": versions(),
+              "git_commit": git_commit(),
               "reviews": [measure_apart(args, "reviews", size) for size in args.reviews],
               "tokens": [measure_apart(args, "tokens", size) for size in args.tokens]}
     print(f"{reviews_table(report['reviews'])}\n\n{tokens_table(report['tokens'])}")
@@ -104,6 +105,7 @@ def write_repeated(reviews, count, path):
 def measure_step(args, length):
     """Seconds of a training step of GPT-2 124M, all layers, on 8 reviews of `length` tokens; peak memory."""
     settings = train_gpt.parse_args(["--weights", "random", "--trainable_layers", "all"])
+    keep_freed_memory()  # as a training run does
     model = train_gpt.instantiate_model(settings.model_size, settings.weights)
     head = train_gpt.replace_head(model, settings.seed).head
     device = select_device(args.device)

@@ -34,7 +34,7 @@ from finetuning.cli import ArgumentParser, positive_int, run
 from finetuning.features import compute_once
 from finetuning.files import written_whole
 from finetuning.loop import Classifier, predict, train_classifier_simple
-from finetuning.machine import process_peak_memory, versions
+from finetuning.machine import git_commit, process_peak_memory, versions
 from finetuning.optimizers import build_optimizer
 from finetuning.reviews import load_dataframes
 from finetuning.runtime import hardware, keep_freed_memory, select_device, select_precision
@@ -62,7 +62,8 @@ def main(argv=None):
         print(json.dumps(measure(args)))
         return
     device = select_device(args.device)
-    report = {"command": args.command, "hardware": hardware(device), "versions": versions(), "rows": {}}
+    report = {"command": args.command, "hardware": hardware(device), "versions": versions(),
+              "git_commit": git_commit(), "rows": {}}
     print(f"| row | {' | '.join(PARTS.values())} |\n|{'---|' * (len(PARTS) + 1)}")
     for row in args.rows:
         rounds = []

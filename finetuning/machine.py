@@ -66,7 +66,7 @@ def versions():
 def git_commit():
     """The commit this code stands at, with "+" appended if its files differ from it; None outside a checkout.
 
-    Records under results/ are no code: a run that replaces one leaves the commit as it is.
+    Records, of runs and of benchmarks, are no code: a run that replaces one leaves the commit as it is.
     """
     repository = Path(__file__).parent.parent
     try:
@@ -74,7 +74,8 @@ def git_commit():
             subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=True,
                            timeout=10).stdout.strip()
             for arguments in (["rev-parse", "HEAD"],
-                              ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]))
+                              ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results",
+                               ":!benchmarks/*.json"]))
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if status else "")

@@ -144,7 +144,7 @@ def test_evaluation_lays_out_each_weight_once_and_computes_the_same(precision, l
     classifier = Classifier(model.requires_grad_(learns), train_bert_hf.read_logits, CPU, precision)
     monkeypatch.setitem(EVALUATION_TOKENS, "cpu", 64)
     dataset = encoder_dataset(reviews(20))
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:  # or PyTorch 2.11 warns
         found = predict(dataset, classifier)
     packs = precision == "bf16" and learns
     assert count(profile, "mkldnn::_reorder_linear_weight") == (linears if packs else 0)
@@ -189,7 +189,7 @@ def test_what_it_does_not_know_is_left_to_pytorch(arguments):
 def test_no_model_draws_its_dropout_the_slow_way(name):
     model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS[name]).train()
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
-    with torch.profiler.profile() as profile, quick_cpu():
+    with torch.profiler.profile(acc_events=True) as profile, quick_cpu():
         model(input_ids=torch.full((2, 8), 7), attention_mask=mask).logits.sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert "Attention" in names
