@@ -33,6 +33,9 @@ from finetuning.runtime import (
 from finetuning.saved import save_model
 from finetuning.tensorboard import TensorBoard
 
+# What errors of the CPU say where memory is short: PyTorch's allocator, and its library of matrix products.
+OUT_OF_MEMORY = "can't allocate memory", "could not create a primitive"
+
 
 class Setting(NamedTuple):
     """What is known of a run before its model is there."""
@@ -184,7 +187,8 @@ def memory_advice():
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                or any(sign in str(error) for sign in OUT_OF_MEMORY)):
             raise UserError("out of memory; try --accumulate 2 or more, a smaller --batch_size or a "
                             "shorter --context_length") from error
         raise

@@ -106,7 +106,8 @@ def test_an_output_folder_that_cannot_be_written(data_dir, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+                                   RuntimeError("could not create a primitive")])
 def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_path, capsys, monkeypatch):
     def train(*args, **kwargs):
         raise error
