@@ -33,9 +33,6 @@ from finetuning.runtime import (
 from finetuning.saved import save_model
 from finetuning.tensorboard import TensorBoard
 
-# What errors of the CPU say where memory is short: PyTorch's allocator, and its library of matrix products.
-OUT_OF_MEMORY = "can't allocate memory", "could not create a primitive"
-
 
 class Setting(NamedTuple):
     """What is known of a run before its model is there."""
@@ -187,8 +184,9 @@ def memory_advice():
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                or any(sign in str(error) for sign in OUT_OF_MEMORY)):
+        # On a CPU short memory is a RuntimeError of PyTorch's allocator, or of oneDNN, whose other errors say more.
+        if (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+                or str(error) == "could not create a primitive"):
             raise UserError("out of memory; try --accumulate 2 or more, a smaller --batch_size or a "
                             "shorter --context_length") from error
         raise

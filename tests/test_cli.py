@@ -13,6 +13,7 @@ import train_bert_hf
 import train_gpt
 import train_sklearn_logreg
 from finetuning import cli
+from finetuning.experiment import memory_advice
 
 TRAINERS = [train_gpt, train_bert_hf, train_sklearn_logreg]
 SCRIPTS = [download_prepare_dataset, *TRAINERS, predict, reproduce]
@@ -119,6 +120,11 @@ def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_pat
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "train_gpt.py: out of memory; try --accumulate 2 or more, a smaller --batch_size or a shorter --context_length")
+
+
+def test_other_errors_of_the_matrix_library_are_bugs_and_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="descriptor"), memory_advice():
+        raise RuntimeError("could not create a primitive descriptor for a matmul primitive")
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, reproduce])
