@@ -1,19 +1,13 @@
 """The GPT model of the book's earlier chapters, under the book's names.
 
 The architecture is GPT-2 (Radford et al., 2019). Attention runs through PyTorch's
-`scaled_dot_product_attention`, and the output head can be applied only where its answer is
-read; otherwise this computes what the book's code computes, from the same weights:
-parameters are created in the book's order, and its state dicts load.
+`scaled_dot_product_attention`; otherwise this computes what the book's code computes, from the
+same weights: parameters are created in the book's order, and the book's state dicts load.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-def pick(x, positions):
-    """x (batch, tokens, width) at positions (batch, n): (batch, n, width); all of x where that is None."""
-    return x if positions is None else x[torch.arange(len(x), device=x.device)[:, None], positions]
 
 
 class MultiHeadAttention(nn.Module):
@@ -33,37 +27,16 @@ class MultiHeadAttention(nn.Module):
         self.register_load_state_dict_pre_hook(
             lambda module, state_dict, prefix, *_: state_dict.pop(prefix + "mask", None))
 
-    def forward(self, x, positions=None, lengths=None):
-        """(batch, tokens, d_in) -> (batch, tokens, d_out), or (batch, n, d_out) at positions (batch, n).
-
-        `lengths` are those of the texts that x (1, tokens, d_in) holds behind one another: each is
-        attended to by itself. With `positions`, (1, texts), these are each text's last token.
-        """
-        queries = self.split_heads(self.W_query(pick(x, positions)))
-        keys, values = self.split_heads(self.W_key(x)), self.split_heads(self.W_value(x))
-        if lengths is None:
-            context = self.attend(queries, keys, values, positions)
-        else:
-            texts = zip(queries.split(lengths if positions is None else 1, dim=2), keys.split(lengths, dim=2),
-                        values.split(lengths, dim=2), strict=True)
-            context = torch.cat([self.attend(*text) for text in texts], dim=2)
+    def forward(self, x):
+        """(batch, tokens, d_in) -> (batch, tokens, d_out)"""
+        queries, keys, values = (self.split_heads(linear(x)) for linear in (self.W_query, self.W_key, self.W_value))
+        dropout = self.dropout.p if self.training else 0.0
+        context = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
         """(batch, tokens, d_out) -> (batch, num_heads, tokens, head_dim)"""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def attend(self, queries, keys, values, positions=None):
-        """Each (batch, num_heads, tokens, head_dim); a token attends to itself and to those before it.
-
-        The queries are those of all tokens, or of the last one, or of the tokens at `positions` (batch, n).
-        """
-        dropout = self.dropout.p if self.training else 0.0
-        if positions is None:
-            causal = queries.shape[2] > 1  # a text's last token may see all of it
-            return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=causal)
-        seen = torch.arange(keys.shape[2], device=keys.device) <= positions[..., None]
-        return F.scaled_dot_product_attention(queries, keys, values, seen[:, None], dropout_p=dropout)
 
 
 class LayerNorm(nn.Module):
@@ -119,9 +92,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(cfg["emb_dim"])
         self.drop_resid = nn.Dropout(cfg["drop_rate"])
 
-    def forward(self, x, positions=None, lengths=None):
-        """(batch, tokens, emb_dim) -> the same, or (batch, n, emb_dim); `positions` and `lengths` as in attention"""
-        x = pick(x, positions) + self.drop_resid(self.att(self.norm1(x), positions, lengths))
+    def forward(self, x):
+        """(batch, tokens, emb_dim) -> (batch, tokens, emb_dim)"""
+        x = x + self.drop_resid(self.att(self.norm1(x)))
         return x + self.drop_resid(self.ff(self.norm2(x)))
 
 
@@ -140,27 +113,10 @@ class GPTModel(nn.Module):
         self.final_norm = LayerNorm(cfg["emb_dim"])
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
-    def forward(self, in_idx, positions=None, lengths=None):
-        """Token ids (batch, tokens) -> logits (batch, tokens, classes).
-
-        With `positions` (batch, n), only the logits there: (batch, n, classes). The last block then
-        does the work of n tokens, though every token is still attended to.
-
-        With `lengths`, a list, `in_idx` (1, tokens) holds texts of these lengths behind one another,
-        so that nothing is spent on padding; `positions` (1, texts) are then their last tokens.
-
-        In place of token ids, `in_idx` may be what `before_last_block` returned for them.
-        """
-        x = in_idx if in_idx.is_floating_point() else self.before_last_block(in_idx, lengths)
-        return self.out_head(self.final_norm(self.trf_blocks[-1](x, positions, lengths)))
-
-    def before_last_block(self, in_idx, lengths=None):
-        """Token ids (batch, tokens) -> what the last block reads, (batch, tokens, emb_dim)."""
-        places = torch.cat([torch.arange(n, device=in_idx.device) for n in lengths or in_idx.shape[1:]])
-        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(places))
-        for block in self.trf_blocks[:-1]:
-            x = block(x, lengths=lengths)
-        return x
+    def forward(self, in_idx):
+        """Token ids (batch, tokens) -> logits (batch, tokens, vocab_size)"""
+        x = self.tok_emb(in_idx) + self.pos_emb(torch.arange(in_idx.shape[1], device=in_idx.device))
+        return self.out_head(self.final_norm(self.trf_blocks(self.drop_emb(x))))
 
 
 def load_weights_into_gpt(gpt, params):

@@ -21,6 +21,7 @@ from finetuning.bpe import read_encoding, write_encoding
 from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, run
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
+from finetuning.gpt_classifier import GPTClassifier
 from finetuning.layers import OutputLayers, set_trainable
 from finetuning.reviews import LABELS
 from finetuning.runtime import is_compiled
@@ -60,7 +61,7 @@ def build(args):
     if args.compile:
         pad_to = pad_to or few_lengths(length)
     datasets = [IMDbDataset(tokens, tokenizer.pad_token_id, pad_to) for tokens in sets]
-    return model, layers.head, read_logits, partial(save, model, config, encoding, settings), *datasets
+    return GPTClassifier(model), layers.head, read_logits, partial(save, model, config, encoding, settings), *datasets
 
 
 def reading(trainable_token_pos, average_embeddings, context_length):
@@ -87,7 +88,7 @@ def load_saved(folder, settings):
     model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     tokenizer, length = wrap(load_encoding(folder)), settings["context_length"]
     read_logits, pad_to = reading(settings["trainable_token_pos"], settings["average_embeddings"], length)
-    return model, read_logits, lambda texts: IMDbDataset(
+    return GPTClassifier(model), read_logits, lambda texts: IMDbDataset(
         flatten(tokenizer.encode(texts, length), [0] * len(texts)), tokenizer.pad_token_id, pad_to)
 
 

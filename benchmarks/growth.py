@@ -23,6 +23,7 @@ import train_gpt
 from finetuning.batches import IMDbDataset, evaluation_order, training_order
 from finetuning.cli import ArgumentParser, positive_int, run
 from finetuning.files import written_whole
+from finetuning.gpt_classifier import GPTClassifier
 from finetuning.loop import EVALUATION_TOKENS, Classifier, calc_loss_batch
 from finetuning.machine import git_commit, process_peak_memory, versions
 from finetuning.optimizers import build_optimizer
@@ -110,7 +111,7 @@ def measure_step(args, length):
     head = train_gpt.replace_head(model, settings.seed).head
     device = select_device(args.device)
     precision, _ = select_precision(args.precision, device)
-    classifier = Classifier(model.to(device).train(), train_gpt.read_last, device, precision)
+    classifier = Classifier(GPTClassifier(model).to(device).train(), train_gpt.read_last, device, precision)
     optimizer = build_optimizer("adamw", model, head, settings.learning_rate)
     ids = torch.randint(50_257, (BATCH_SIZE * length,)).numpy()
     lengths = torch.full((BATCH_SIZE,), length).numpy()

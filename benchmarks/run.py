@@ -33,6 +33,7 @@ from benchmarks import reference
 from finetuning.cli import ArgumentParser, positive_int, run
 from finetuning.features import compute_once
 from finetuning.files import written_whole
+from finetuning.layers import set_trainable
 from finetuning.loop import Classifier, predict, train_classifier_simple
 from finetuning.machine import git_commit, process_peak_memory, versions
 from finetuning.optimizers import build_optimizer
@@ -181,7 +182,7 @@ def measure_project(args, script, settings):
 
 def measure_reference(args, script, settings):
     """Seconds of a training step and of evaluating a review in the reference loop."""
-    model, *_ = script.build(settings)
+    model = train_gpt_book_model(settings) if script is train_gpt else script.build(settings)[0]
     device = select_device(args.device)
     frame = load_dataframes(args.data_dir)[0].head(max(args.reviews, args.steps * settings.batch_size))
     tokenizer = tokenizer_of(script, settings)
@@ -197,6 +198,13 @@ def measure_reference(args, script, settings):
     sample = Subset(dataset, range(args.reviews))
     return {"step": statistics.median(steps[1:]),
             "review": timed(reference.evaluate, model, read_logits, sample) / args.reviews}
+
+
+def train_gpt_book_model(settings):
+    """The book's GPTModel with its new head and its trainable layers, as train_gpt.py starts from it."""
+    model = train_gpt.instantiate_model(settings.model_size, settings.weights, settings.seed, settings.models_dir)
+    set_trainable(model, settings.trainable_layers, train_gpt.replace_head(model, settings.seed))
+    return model
 
 
 def tokenizer_of(script, settings):

@@ -26,7 +26,7 @@ def compute_once(args, classifier, head, *datasets):
     if args.trainable_layers == "last_layer" and is_fixed(classifier, datasets[0]):
         note("Nothing before the output layer learns or varies: computing what it reads, once")
         return freeze_features(classifier, head, *datasets)
-    if (args.trainable_layers != "last_block" or not hasattr(model, "before_last_block")
+    if (args.trainable_layers != "last_block" or not hasattr(model, "hidden_states")
             or not is_fixed(classifier, datasets[0])):
         return classifier, datasets
     # Only a second epoch would compute it again; hidden states of every token are large.
@@ -115,14 +115,14 @@ def taken_out(layer, model):
 
 
 def freeze_hidden_states(classifier, dataset):
-    """The dataset with what the model's last block reads in place of token ids; `GPTModel` takes either."""
+    """The dataset with what the model's last block reads in place of token ids; `GPTClassifier` takes either."""
     lengths = kept_lengths(dataset)
     states = np.empty((lengths.sum(), classifier.model.tok_emb.embedding_dim), dtype=np.float32)
     starts = np.cumsum(lengths) - lengths
     order = evaluation_order(dataset.padded(dataset.lengths), EVALUATION_TOKENS[classifier.device.type])
     with evaluating(classifier):
         for indices in order:
-            hidden = classifier.model.before_last_block(dataset.batch(indices).to(classifier.device).input_ids)
+            hidden = classifier.model.hidden_states(dataset.batch(indices).to(classifier.device).input_ids)
             for row, index in zip(hidden.float().cpu().numpy(), indices, strict=True):
                 states[starts[index]:starts[index] + lengths[index]] = row[:lengths[index]]
     pad_to = None if isinstance(dataset.pad_to, int) else dataset.pad_to

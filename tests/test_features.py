@@ -106,7 +106,7 @@ def test_in_one_epoch_the_log_lines_come_from_hidden_states(read_logits, monkeyp
                                            eval_freq=1, eval_iter=2)
         curves.append([point["validation_loss"] for point in progress.curve])
         calls = []
-        model.trf_blocks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.trf_blocks[0].ff.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         predict(train.first(16), classifier)
         blocks.append(len(calls) > 0)
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)

@@ -7,6 +7,7 @@ from transformers import AlbertConfig, AutoModelForSequenceClassification, Elect
 import train_bert_hf
 import train_gpt
 from finetuning.errors import UserError
+from finetuning.gpt_classifier import GPTClassifier
 from finetuning.layers import count_parameters, find_output_layers, set_trainable
 from previous_chapters import GPTModel
 
@@ -22,7 +23,8 @@ def gpt():
     torch.manual_seed(0)
     model = GPTModel({"vocab_size": 20, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2,
                       "drop_rate": 0.0, "qkv_bias": True})
-    return model, train_gpt.replace_head(model, seed=0)
+    layers = train_gpt.replace_head(model, seed=0)
+    return GPTClassifier(model), layers
 
 
 def check_gradients(model, logits, expected):

@@ -13,6 +13,7 @@ import train_gpt
 from benchmarks import reference
 from finetuning.batches import IMDbDataset
 from finetuning.errors import UserError
+from finetuning.gpt_classifier import GPTClassifier
 from finetuning.layers import set_trainable
 from finetuning.loop import (
     EVALUATION_TOKENS,
@@ -34,11 +35,16 @@ LENGTH = 24
 ENCODE = train_bert_hf.wrap(tiny_tokenizer()).encode
 
 
-def gpt():
+def book_gpt():
     torch.manual_seed(123)
     model = GPTModel({"vocab_size": 5 + len(WORDS), "context_length": LENGTH, "emb_dim": 16, "n_heads": 2,
                       "n_layers": 2, "drop_rate": 0.0, "qkv_bias": True})
     return model, train_gpt.replace_head(model, seed=123)
+
+
+def gpt():
+    model, layers = book_gpt()
+    return GPTClassifier(model), layers
 
 
 def gpt_dataset(frame):
@@ -68,7 +74,8 @@ def test_gpt_learns_as_in_the_textbook_loop(mode, position, read_logits):
     frame = reviews(52)
     model, layers = gpt()
     set_trainable(model, mode, layers)
-    textbook = copy.deepcopy(model)
+    textbook, textbook_layers = book_gpt()
+    set_trainable(textbook, mode, textbook_layers)
     reference.spell_out(textbook)
     expected, _ = reference.train(textbook, reference.gpt_logits(position), reference.ReferenceDataset(
         frame, ENCODE, LENGTH, pad_token_id=0), num_epochs=2, learning_rate=1e-3)

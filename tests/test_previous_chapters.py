@@ -89,25 +89,6 @@ def test_a_token_does_not_see_those_after_it():
     assert (difference[7:] > 0).all()
 
 
-def test_reading_at_positions_equals_picking_from_all_logits():
-    model = GPTModel(CONFIG).eval()
-    ids = torch.randint(50, (3, 10))
-    positions = torch.tensor([[9, 2], [0, 1], [4, 4]])
-    with torch.no_grad():
-        expected = model(ids)[torch.arange(3)[:, None], positions]
-        torch.testing.assert_close(model(ids, positions), expected)
-
-
-@pytest.mark.parametrize("at_the_ends", [False, True])
-def test_texts_behind_one_another_do_not_see_each_other(at_the_ends):
-    model = GPTModel(CONFIG).eval()
-    texts = [torch.randint(50, (1, n)) for n in (5, 1, 9)]
-    with torch.no_grad():
-        expected = torch.cat([model(text)[:, -1:] if at_the_ends else model(text) for text in texts], dim=1)
-        positions = torch.tensor([[4, 5, 14]]) if at_the_ends else None
-        torch.testing.assert_close(model(torch.cat(texts, dim=1), positions, lengths=[5, 1, 9]), expected)
-
-
 def test_dropout_acts_in_training_mode_only():
     model = GPTModel({**CONFIG, "drop_rate": 0.5})
     ids = torch.randint(50, (1, 10))

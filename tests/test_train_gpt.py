@@ -13,6 +13,7 @@ from finetuning import records
 from finetuning.batches import IMDbDataset
 from finetuning.bpe import write_encoding
 from finetuning.errors import UserError
+from finetuning.gpt_classifier import GPTClassifier
 from finetuning.tokens import flatten
 from previous_chapters import GPTModel
 
@@ -83,7 +84,7 @@ def logits_and_batch(tiny_gpt):
     tokens = flatten([[5, 6, 7], [8], [1, 2, 3, 4, 5]], [1, 0, 1])
     batch = IMDbDataset(tokens, 50256, pad_to=6).batch([0, 1, 2])
     with torch.no_grad():
-        return model, batch, model(batch.input_ids)
+        return GPTClassifier(model), batch, model(batch.input_ids)
 
 
 @pytest.mark.parametrize(("position", "indices"), [("last", [5, 5, 5]), ("first", [0, 0, 0]), ("flexible", [2, 0, 4])])
