@@ -67,7 +67,7 @@ def measured_cells(row, results, words):
     accuracies = [record["accuracy"]["test"] for record in records.values()]
     total = REVIEWS[row.data_dir]["test"]
     mean = statistics.fmean(accuracies)
-    low, high = wilson_interval(mean * total, total)
+    low, high = wilson_interval(round(mean * total), total)
     seeds = str(len(records))
     if len(records) > 1:
         seeds += f", {words['sd'].format(100 * statistics.stdev(accuracies))}"
