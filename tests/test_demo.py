@@ -14,13 +14,13 @@ from sklearn.linear_model import LogisticRegression
 
 import reproduce
 from finetuning import demo, report
-from finetuning.demo_reviews import ADJECTIVES, BESIDE_THE_POINT, WRONG_LABELS, demo_reviews
+from finetuning.demo import ADJECTIVES, LABEL_NOISE, NEUTRAL, demo_reviews
 from finetuning.errors import UserError
 from finetuning.records import read_record
 from finetuning.saved import MODEL
 
 DENIALS = r"\b(not|never|hardly|but)\b"
-ASIDES = "|".join(re.sub(r"\\{\w+\\}", "[a-zA-Z ]+", re.escape(sentence)) for sentence in BESIDE_THE_POINT)
+ASIDES = "|".join(re.sub(r"\\{\w+\\}", "[a-zA-Z ]+", re.escape(sentence)) for sentence in NEUTRAL)
 
 
 def opinions(text):
@@ -38,7 +38,7 @@ def test_the_opinions_tell_the_label_but_for_the_wrong_ones():
     found = reviews["text"].map(opinions)
     assert all(len(set(each)) == 1 or sum(each) * 2 != len(each) for each in found)
     right = (found.map(lambda each: sum(each) * 2 > len(each)) == reviews["label"]).mean()
-    assert right == pytest.approx(1 - WRONG_LABELS, abs=0.008)  # three standard errors
+    assert right == pytest.approx(1 - LABEL_NOISE, abs=0.008)  # three standard errors
     assert reviews["label"].mean() == pytest.approx(0.5, abs=0.01)
     assert found.map(lambda each: len(set(each)) == 2).mean() == pytest.approx(0.5, abs=0.025)  # mixed opinions
     assert reviews["text"].str.contains(DENIALS.replace("(", "(?:")).mean() > 0.5
