@@ -11,6 +11,7 @@ probabilities that stand in the run's test_predictions.csv.
 
 import importlib
 import sys
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -106,6 +107,7 @@ class Linear:
 
     def __init__(self, script, folder, settings, device):
         self.vectorizer, self.model = script.load_saved(folder, settings)
+        self.names = cache(self.vectorizer.get_feature_names_out)
 
     def __call__(self, texts):
         return self.model.predict_proba(self.vectorizer.transform(texts))[:, 1]
@@ -120,7 +122,7 @@ class Linear:
         lines, order = [], np.argsort(-np.abs(pushes), kind="stable")
         for label, name in enumerate(LABELS):
             strongest = [place for place in order if (pushes[place] > 0) == label][:REASONS]
-            names = self.vectorizer.names(columns[strongest])
+            names = self.names()[columns[strongest]]
             words = ", ".join(f"{name} {pushes[place]:+.2f}" for name, place in zip(names, strongest, strict=True))
             lines.append(f"{name}: {words or 'nothing'}")
         intercept = self.model.intercept_[0]

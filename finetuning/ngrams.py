@@ -1,106 +1,115 @@
-"""N-grams weighted by naive Bayes, the features of a strong linear classifier (Wang & Manning, 2012)."""
+"""N-gram features weighted by the naive Bayes log-count ratio (Wang & Manning, 2012)."""
 
 import re
+from collections.abc import Iterable
 from itertools import chain
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import normalize
 
-TOKEN = re.compile(r"\w+|[^\w\s]")  # words, and punctuation marks one by one
-LONGEST = 3
+TOKEN_PATTERN = re.compile(r"\w+|[^\w\s]")  # words and single punctuation marks
 
 
-class NaiveBayesNgrams:
-    """Which n-grams of up to three words a text holds, weighted by how much they tell of its class.
+class NBLogCountRatio(TransformerMixin, BaseEstimator):
+    """Binary n-gram features, weighted by the log-count ratio of the two classes and scaled to unit length.
 
-    A text becomes a row of unit length with, for each of its n-grams, the log-ratio of the
-    n-gram's share in the positive and in the negative training texts. N-grams that fewer than
-    `min_texts` training texts hold are left out; `smoothing` is added to every count.
+    The weight of an n-gram is the log of its share among the n-grams of positive texts over its
+    share among those of negative texts; the number of texts that hold it, plus `alpha`, is its count.
+
+    Parameters
+    ----------
+    min_df : smallest number of training texts that an n-gram must occur in
+    alpha : added to every count
+    ngram_range : (smallest, largest) number of words in an n-gram
+
+    Attributes
+    ----------
+    vocabulary_ : dict of word -> id, counted from 1
+    ngram_keys_ : pandas Index (n-grams,) of int64, see `_keys`
+    log_count_ratio_ : array (n-grams,) of float32
     """
 
-    def __init__(self, min_texts=2, smoothing=1.0):
-        self.min_texts = min_texts
-        self.smoothing = smoothing
+    def __init__(self, min_df: int = 2, alpha: float = 1.0, ngram_range: tuple[int, int] = (1, 3)):
+        self.min_df = min_df
+        self.alpha = alpha
+        self.ngram_range = ngram_range
 
-    def fit_transform(self, texts, labels):
-        """Learn n-grams and weights; return the texts' features, sparse (texts, n-grams) float32."""
-        words = [tokenize(text) for text in texts]
-        self.vocabulary = {word: number for number, word in enumerate(dict.fromkeys(chain.from_iterable(words)), 1)}
-        rows, keys = self._ngrams(words)
-        columns, ngrams = pd.factorize(keys)
-        held = incidence(rows, columns, (len(words), len(ngrams)))
-        frequent = np.flatnonzero(np.bincount(held.indices, minlength=len(ngrams)) >= self.min_texts)
-        self.ngrams = pd.Index(ngrams[frequent])
-        held = held[:, frequent]
-        positive = np.asarray(labels) == 1
-        shares = [self.smoothing + np.asarray(held[texts_of_class].sum(axis=0)).ravel()
-                  for texts_of_class in (positive, ~positive)]
-        self.weights = np.log(shares[0] / shares[0].sum() / (shares[1] / shares[1].sum())).astype(np.float32)
-        return self._weighted(held)
-
-    def transform(self, texts):
-        """The features of other texts; n-grams that the training texts do not hold count for nothing."""
-        words = [tokenize(text) for text in texts]
-        rows, keys = self._ngrams(words)
-        columns = self.ngrams.get_indexer(keys)
-        known = columns >= 0
-        return self._weighted(incidence(rows[known], columns[known], (len(words), len(self.ngrams))))
-
-    def learned(self):
-        """What `restored` needs: (list of words, {name: array})."""
-        return [*self.vocabulary], {"ngrams": self.ngrams.to_numpy(), "weights": self.weights}
-
-    @classmethod
-    def restored(cls, words, ngrams, weights):
-        """The object that has `learned` this."""
-        self = cls()
-        self.vocabulary = {word: number for number, word in enumerate(words, 1)}
-        self.ngrams, self.weights = pd.Index(ngrams), weights
+    def fit(self, texts: Iterable[str], labels) -> "NBLogCountRatio":
+        """Learn n-grams and weights from texts with labels 0 or 1."""
+        self.fit_transform(texts, labels)
         return self
 
-    def names(self, columns):
-        """The n-grams of these columns, their words separated by spaces."""
-        words, base = [*self.vocabulary], len(self.vocabulary) + 1
+    def fit_transform(self, texts: Iterable[str], labels) -> sparse.csr_matrix:
+        """Learn n-grams and weights; return the features of the training texts, sparse (texts, n-grams) float32."""
+        words = [tokenize(text) for text in texts]
+        self.vocabulary_ = {word: index for index, word in enumerate(dict.fromkeys(chain.from_iterable(words)), 1)}
+        rows, keys = self._keys(words)
+        columns, ngrams = pd.factorize(keys)
+        present = incidence(rows, columns, (len(words), len(ngrams)))
+        frequent = np.flatnonzero(np.bincount(present.indices, minlength=len(ngrams)) >= self.min_df)
+        self.ngram_keys_ = pd.Index(ngrams[frequent])
+        present = present[:, frequent]
+        positive = np.asarray(labels) == 1
+        counts = [self.alpha + np.asarray(present[rows_of_class].sum(axis=0)).ravel()
+                  for rows_of_class in (positive, ~positive)]
+        self.log_count_ratio_ = np.log(
+            counts[0] / counts[0].sum() / (counts[1] / counts[1].sum())).astype(np.float32)
+        return self._weight(present)
 
-        def spelled(key):
-            key, number = divmod(key, base)
-            return f"{spelled(key)} {words[number - 1]}".lstrip() if number else ""
-        return [spelled(key) for key in self.ngrams[columns].tolist()]
+    def transform(self, texts: Iterable[str]) -> sparse.csr_matrix:
+        """Return the features of texts, sparse (texts, n-grams) float32; unseen n-grams are ignored."""
+        words = [tokenize(text) for text in texts]
+        rows, keys = self._keys(words)
+        columns = self.ngram_keys_.get_indexer(keys)
+        known = columns >= 0
+        return self._weight(incidence(rows[known], columns[known], (len(words), len(self.ngram_keys_))))
 
-    def _ngrams(self, words):
-        """All n-grams as (number of the text, key), one array each.
+    def get_feature_names_out(self, input_features=None) -> np.ndarray:
+        """Return the n-grams, their words separated by spaces, as an array (n-grams,) of str objects."""
+        words = np.array(["", *self.vocabulary_], dtype=object)
+        names, keys = np.full(len(self.ngram_keys_), "", dtype=object), self.ngram_keys_.to_numpy()
+        for _ in range(self.ngram_range[1]):
+            keys, ids = np.divmod(keys, len(words))
+            names = np.where(ids > 0, words[ids] + np.where(names == "", "", " ") + names, names)
+        return names
 
-        With words numbered from 1, the digits of a key to the base vocabulary size + 1 are an
-        n-gram's words, so that n-grams of different lengths have different keys.
+    def _keys(self, words):
+        """Return all n-grams as two arrays: row of the text, int32, and key, int64.
+
+        The key is a number whose digits to the base vocabulary size + 1 are the ids of the n-gram's
+        words, so that n-grams of different lengths have different keys.
         """
-        base = len(self.vocabulary) + 1
-        if base**LONGEST >= 2**63:
+        shortest, longest = self.ngram_range
+        base = len(self.vocabulary_) + 1
+        if base**longest >= 2**63:
             raise ValueError(f"a vocabulary of {base - 1:,} words is too large for 64-bit keys")
-        numbers = np.fromiter((self.vocabulary.get(word, 0) for word in chain.from_iterable(words)), dtype=np.int64)
+        ids = np.fromiter((self.vocabulary_.get(word, 0) for word in chain.from_iterable(words)), dtype=np.int64)
         text = np.repeat(np.arange(len(words), dtype=np.int32), [len(text) for text in words])
         rows, keys = [], []
-        key, known = np.zeros_like(numbers), np.ones(len(numbers), dtype=bool)
-        for length in range(1, LONGEST + 1):
-            following = numbers[length - 1:]
-            key = key[:len(following)] * base + following
-            known = known[:len(following)] & (following > 0) & (text[:len(following)] == text[length - 1:])
-            rows.append(text[:len(following)][known])
-            keys.append(key[known])
+        key, known = np.zeros_like(ids), np.ones(len(ids), dtype=bool)
+        for length in range(1, longest + 1):
+            last = ids[length - 1:]
+            key = key[:len(last)] * base + last
+            known = known[:len(last)] & (last > 0) & (text[:len(last)] == text[length - 1:])
+            if length >= shortest:
+                rows.append(text[:len(last)][known])
+                keys.append(key[known])
         return np.concatenate(rows), np.concatenate(keys)
 
-    def _weighted(self, held):
-        return normalize(held.multiply(self.weights).tocsr(), copy=False)
+    def _weight(self, present):
+        return normalize(present.multiply(self.log_count_ratio_).tocsr(), copy=False)
 
 
-def tokenize(text):
-    """The lower-cased words and punctuation marks of a review, without its HTML line breaks."""
-    return TOKEN.findall(text.replace("<br />", " ").lower())
+def tokenize(text: str) -> list[str]:
+    """Return the lower-cased words and punctuation marks of a review, without its HTML line breaks."""
+    return TOKEN_PATTERN.findall(text.replace("<br />", " ").lower())
 
 
 def incidence(rows, columns, shape):
-    """A sparse matrix (csr, float32) that is 1 where a pair of row and column occurs, however often."""
+    """Return a sparse csr matrix, float32, that is 1 wherever a (row, column) pair occurs at least once."""
     matrix = sparse.csr_matrix((np.ones(len(rows), dtype=np.float32), (rows, columns)), shape=shape)
     matrix.data[:] = 1
     return matrix

@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 
-from finetuning.ngrams import NaiveBayesNgrams, tokenize
+from finetuning.ngrams import NBLogCountRatio, tokenize
 
 
 def test_words_and_punctuation_without_line_breaks():
@@ -11,28 +12,28 @@ def test_words_and_punctuation_without_line_breaks():
 
 
 def test_weights_and_rows_by_hand():
-    ngrams = NaiveBayesNgrams(min_texts=1)
+    ngrams = NBLogCountRatio(min_df=1)
     features = ngrams.fit_transform(["good film", "bad film film"], [1, 0]).toarray()
     # In the order they come: good, film, bad, good film, bad film, film film, bad film film. With
     # one added to each count, the positive text has 2 2 1 2 1 1 1 of 10, the negative 1 2 2 1 2 2 2 of 12.
     counts = np.array([[2, 2, 1, 2, 1, 1, 1], [1, 2, 2, 1, 2, 2, 2]]) / [[10], [12]]
     weights = np.log(counts[0] / counts[1])
-    assert ngrams.weights == pytest.approx(weights, rel=1e-5)
-    assert ngrams.weights[0] == pytest.approx(math.log(2.4))
+    assert ngrams.log_count_ratio_ == pytest.approx(weights, rel=1e-5)
+    assert ngrams.log_count_ratio_[0] == pytest.approx(math.log(2.4))
     expected = np.array([[1, 1, 0, 1, 0, 0, 0], [0, 1, 1, 0, 1, 1, 1]]) * weights  # twice "film" counts once
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert features == pytest.approx(expected, rel=1e-5)
 
 
 def test_rare_ngrams_are_left_out():
-    ngrams = NaiveBayesNgrams(min_texts=2)
+    ngrams = NBLogCountRatio(min_df=2)
     features = ngrams.fit_transform(["a b c", "a b d", "e e e"], [1, 0, 0])
     assert features.shape == (3, 3)  # a, b, a b; "e" occurs three times, but in one text
     assert features[2].nnz == 0
 
 
 def test_other_texts_bring_no_new_ngrams():
-    ngrams = NaiveBayesNgrams(min_texts=1)
+    ngrams = NBLogCountRatio(min_df=1)
     train = ngrams.fit_transform(["a b c", "c b"], [1, 0])
     same, other, empty = ngrams.transform(["a b c", "a new b c", "unheard of"])
     assert (same != train[0]).nnz == 0
@@ -42,6 +43,16 @@ def test_other_texts_bring_no_new_ngrams():
 
 
 def test_ngrams_do_not_cross_from_text_to_text():
-    ngrams = NaiveBayesNgrams(min_texts=1)
+    ngrams = NBLogCountRatio(min_df=1)
     ngrams.fit_transform(["a b", "c", "d e"], [1, 0, 1])
-    assert len(ngrams.ngrams) == 5 + 2  # five words, "a b" and "d e"
+    assert ngrams.get_feature_names_out().tolist() == ["a", "b", "c", "d", "e", "a b", "d e"]
+
+
+def test_ngram_range_limits_the_number_of_words():
+    ngrams = NBLogCountRatio(min_df=1, ngram_range=(2, 3)).fit(["a b c"], [1])
+    assert ngrams.get_feature_names_out().tolist() == ["a b", "b c", "a b c"]
+
+
+def test_parameters_follow_the_estimator_api():
+    ngrams = clone(NBLogCountRatio(min_df=5, alpha=0.5))
+    assert ngrams.get_params() == {"min_df": 5, "alpha": 0.5, "ngram_range": (1, 3)}
