@@ -1,16 +1,40 @@
 """Pictures: how one run went, and how accurate every experiment is for the time it takes."""
 
+import contextlib
+import logging
+import os
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from finetuning.files import written_whole
 from finetuning.records import read_predictions, read_record
 from finetuning.uncertainty import reliability
+
+
+@contextlib.contextmanager
+def default_settings():
+    """Let Matplotlib, if it is imported for the first time, read its own settings instead of the user's.
+
+    A backend of a notebook that is not installed here stops the import, and so does a damaged matplotlibrc. This folder
+    holds the default one, and the current folder's comes first.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where its cache has to be a temporary one
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        with contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"):
+            yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+with default_settings():
+    import matplotlib
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FuncFormatter, PercentFormatter  # noqa: E402
 
 CURVES = "curves.svg"
 POINTS = 100  # of a training curve: each the mean of as many updates as it takes

@@ -1,7 +1,10 @@
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import write_example
+from conftest import REPOSITORY, write_example
 
 from finetuning import plots
 from finetuning.errors import UserError
@@ -37,3 +40,23 @@ def test_rows_are_drawn_measured_and_published(tmp_path):
     plots.draw_rows([("8 measured", 0.3, 0.88, [0.87, 0.89]), ("1 published", 9.5, 0.92, None)], "a footnote",
                     tmp_path / "rows.svg")
     assert b"<svg" in (tmp_path / "rows.svg").read_bytes()
+
+
+@pytest.mark.parametrize("settings", ["text.usetex: True\nfont.size: 40\n", "\xff\xfe"])
+def test_figures_do_not_depend_on_matplotlibs_settings(settings, tmp_path):
+    """The backend is that of a notebook; the home folder cannot be written to."""
+    (tmp_path / "matplotlibrc").write_text(settings, encoding="latin-1")
+    nowhere = os.path.join(os.devnull, "home")
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": nowhere,
+                   "MPLCONFIGDIR": nowhere, "PYTHONPATH": str(REPOSITORY)}
+    code = """if True:
+        import os, pathlib
+        from finetuning import plots
+        plots.draw_rows([("8", 0.3, 0.88, [0.87, 0.89])], "a footnote", pathlib.Path("rows.svg"))
+        assert "inline" in os.environ["MPLBACKEND"]  # for whatever this process starts
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    drawn = (tmp_path / "rows.svg").read_bytes()
+    plots.draw_rows([("8", 0.3, 0.88, [0.87, 0.89])], "a footnote", tmp_path / "rows.svg")
+    assert drawn == (tmp_path / "rows.svg").read_bytes()
