@@ -12,6 +12,8 @@ from finetuning.errors import UserError
 from finetuning.files import DISK_TROUBLE
 from finetuning.interrupts import exit_status, raise_terminated
 
+# The variables of the environment that torchrun sets and this project reads.
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
 # Flags that do not change what is learned, or that a run's name shows anyway.
 NOT_IN_NAMES = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir", "models_dir",
@@ -32,8 +34,8 @@ def launcher():
 
 
 def under_torchrun():
-    """Whether torchrun has started this process, perhaps one of several."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun has started this process, perhaps one of several; some of its variables may be left over."""
+    return os.environ.keys() >= TORCHRUN
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

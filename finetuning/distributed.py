@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from finetuning.cli import under_torchrun
 from finetuning.errors import UserError
 
 
@@ -46,7 +47,7 @@ def store():
 @contextmanager
 def processes():
     """Within this context torchrun's processes are one run, and all but the first are silent."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not under_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
     # Gradients go from GPU to GPU, everything else between CPUs.

@@ -10,7 +10,7 @@ from conftest import REPOSITORY, TINY_CONFIGS, reviews, save_encoder
 
 import train_bert_hf
 import train_gpt
-from finetuning import distributed
+from finetuning import cli, distributed
 from finetuning.checkpoint import CHECKPOINT
 from finetuning.errors import UserError
 from finetuning.plots import CURVES
@@ -155,6 +155,21 @@ def test_trouble_in_one_process_is_one_line(gpt, tmp_path):
 def said(done):
     """What the processes themselves, rather than torchrun, said was wrong."""
     return [line.partition(".py: ")[2] for line in done.stderr.splitlines() if ".py: " in line]
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "several"}, {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    {"TORCHELASTIC_RUN_ID": "over", "WORLD_SIZE": "2", "RANK": "0"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}])
+def test_variables_that_torchrun_did_not_set_are_ignored(variables, monkeypatch):
+    for name in (*cli.TORCHRUN, *variables):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with distributed.processes():
+        assert (distributed.rank(), distributed.size()) == (0, 1)
+    assert cli.launcher() == ["python"]
+    cli.run(lambda: None)
 
 
 @pytest.fixture
