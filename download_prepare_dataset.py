@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from finetuning.cli import ArgumentParser, run
+from finetuning.cli import ArgumentParser, run, user_path
 from finetuning.download import Download, download, md5
 from finetuning.errors import UserError
 from finetuning.files import held, written_whole
@@ -46,9 +46,9 @@ def main(argv=None):
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Download the IMDb movie reviews and write train.csv, validation.csv, test.csv")
-    parser.add_argument("--archive", metavar="PATH_OR_URL", default=OFFICIAL.url,
+    parser.add_argument("--archive", type=user_path, metavar="PATH_OR_URL", default=OFFICIAL.url,
                         help="archive (file or URL) or an extracted aclImdb folder")
-    parser.add_argument("--data_dir", default=".", help="folder to write the CSV files to")
+    parser.add_argument("--data_dir", type=user_path, default=".", help="folder to write the CSV files to")
     parser.add_argument("--split", choices=list(PARTITIONS), default="random",
                         help="random: 35,000/5,000/10,000 as published; "
                              "official: test on the release's own 25,000 test reviews, of other films")

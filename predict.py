@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from finetuning.cli import ArgumentParser, note, run
+from finetuning.cli import ArgumentParser, note, run, user_path
 from finetuning.errors import UserError
 from finetuning.reviews import CHUNK, LABELS, iterate_reviews
 from finetuning.saved import read_settings
@@ -46,10 +46,11 @@ def main(argv=None):
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Classify texts with the saved model of a run.")
-    parser.add_argument("run_folder", metavar="RUN_FOLDER", help="folder of a run that was made with --save_model")
+    parser.add_argument("run_folder", type=user_path, metavar="RUN_FOLDER",
+                        help="folder of a run that was made with --save_model")
     parser.add_argument("texts", nargs="*", metavar="TEXT",
                         help="a text to classify (default: each line of standard input)")
-    parser.add_argument("--csv", metavar="FILE",
+    parser.add_argument("--csv", type=user_path, metavar="FILE",
                         help="classify the column `text` of a CSV file instead (default: none)")
     parser.add_argument("--explain", action="store_true",
                         help="show which words push the decision of a linear model, and how far (in log-odds)")

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from finetuning.cli import ArgumentParser, note, run, seed_number
+from finetuning.cli import ArgumentParser, note, run, seed_number, user_path
 from finetuning.demo import ENCODER, GPT, demo_table, write_inputs
 from finetuning.errors import UserError
 from finetuning.files import sha256
@@ -155,7 +155,7 @@ def parse_args(argv=None):
                              "command, data and versions is not run again (default: all)")
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[SEED], metavar="SEED",
                         help="run each row once with each of these")
-    parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"),
+    parser.add_argument("--compare", nargs=2, type=user_path, metavar=("RUN_A", "RUN_B"),
                         help="compare two runs' folders, review by review")
     parser.add_argument("--table", action="store_true", help="write the tables and pictures anew from results/")
     parser.add_argument("--demo", action="store_true",

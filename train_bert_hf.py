@@ -20,7 +20,15 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finetuning.batches import IMDbDataset, few_lengths
-from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, note, run
+from finetuning.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_run_arguments,
+    add_training_arguments,
+    note,
+    run,
+    user_path,
+)
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.hub import check_cached_weights
@@ -108,7 +116,7 @@ def load_saved(folder, settings):
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fine-tune a BERT-like encoder on the IMDb movie reviews.")
     model = add_model_arguments(parser, trainable_layers="all")
-    model.add_argument("--model", default="distilbert",
+    model.add_argument("--model", type=user_path, default="distilbert",
                        help=f"{', '.join(MODELS)}, or any Hub id or folder of a model that can classify sequences")
     model.add_argument("--use_attention_mask", choices=["true", "false"], default="true",
                        help="false: attend to the padding, too")

@@ -18,7 +18,14 @@ from torch import nn
 
 from finetuning.batches import IMDbDataset, few_lengths
 from finetuning.bpe import read_encoding, write_encoding
-from finetuning.cli import ArgumentParser, add_model_arguments, add_run_arguments, add_training_arguments, run
+from finetuning.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_run_arguments,
+    add_training_arguments,
+    run,
+    user_path,
+)
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.gpt_classifier import GPTClassifier
@@ -99,7 +106,8 @@ def parse_args(argv=None):
                        help=f"{', '.join(MODEL_CONFIGS)}, or, for random weights, a folder with {CONFIG} and "
                             f"{TOKENIZER}")
     model.add_argument("--weights", choices=["pretrained", "random"], default="pretrained", help="where to start from")
-    model.add_argument("--models_dir", help="folder for the downloaded weights (default: the Hugging Face cache)")
+    model.add_argument("--models_dir", type=user_path,
+                       help="folder for the downloaded weights (default: the Hugging Face cache)")
     model.add_argument("--trainable_token_pos", choices=list(TOKEN_POSITIONS), default="last",
                        help="token the class is read at; last: of the padded row, flexible: of the review itself")
     model.add_argument("--average_embeddings", action="store_true",
@@ -111,6 +119,7 @@ def parse_args(argv=None):
 
 def model_size(text):
     """Parse a name in MODEL_CONFIGS or the path of a model folder."""
+    text = user_path(text)
     if text not in MODEL_CONFIGS and not (Path(text) / CONFIG).is_file():
         raise ArgumentTypeError(f"invalid choice: {text!r}, which is none of {', '.join(MODEL_CONFIGS)}, nor a folder "
                                 f"with {CONFIG} and {TOKENIZER}")

@@ -21,7 +21,7 @@ import torch
 
 import train_gpt
 from finetuning.batches import IMDbDataset, evaluation_order, training_order
-from finetuning.cli import ArgumentParser, positive_int, run
+from finetuning.cli import ArgumentParser, positive_int, run, user_path
 from finetuning.files import written_whole
 from finetuning.gpt_classifier import GPTClassifier
 from finetuning.loop import EVALUATION_TOKENS, Classifier, calc_loss_batch
@@ -52,14 +52,14 @@ def main(argv=None):
 def parse_args(argv=None):
     parser = ArgumentParser(prog="benchmarks/growth.py",
                             description="Measure how time and memory grow with the number of reviews and tokens.")
-    parser.add_argument("--data_dir", default=".", help="folder of the three CSV files")
+    parser.add_argument("--data_dir", type=user_path, default=".", help="folder of the three CSV files")
     parser.add_argument("--reviews", nargs="+", type=positive_int, default=[5_000, 50_000, 500_000], metavar="N",
                         help="numbers of reviews to tokenize and batch")
     parser.add_argument("--tokens", nargs="+", type=positive_int, default=[128, 256, 512, 1024], metavar="N",
                         help="lengths to time a training step of GPT-2 124M at")
     parser.add_argument("--device", default="auto", help="as for the train scripts")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the training step")
-    parser.add_argument("--output", default="benchmarks/growth.json", help="file for the measurements")
+    parser.add_argument("--output", type=user_path, default="benchmarks/growth.json", help="file for the measurements")
     parser.add_argument("--measure", nargs=2, metavar=("KIND", "N"),
                         help="one measurement, here and now: of N reviews or N tokens (default: all)")
     return parser.parse_args(argv)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from finetuning.cli import ArgumentParser, positive_int, run, seed_number
+from finetuning.cli import ArgumentParser, positive_int, run, seed_number, user_path
 from finetuning.errors import UserError
 from finetuning.files import written_whole
 from finetuning.records import read_predictions, read_record
@@ -38,15 +38,16 @@ def main(argv=None):
 def parse_args(argv=None):
     parser = ArgumentParser(prog="benchmarks/precision.py",
                             description="Compare fp32 and bf16 arithmetic on a model that learns.")
-    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="as for train_bert_hf.py")
-    parser.add_argument("--data_dir", default=".", help="folder of the three CSV files")
+    parser.add_argument("--model", type=user_path, default="all-MiniLM-L6-v2", help="as for train_bert_hf.py")
+    parser.add_argument("--data_dir", type=user_path, default=".", help="folder of the three CSV files")
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[123, 124, 125], metavar="SEED",
                         help="one run in each precision for each of these")
     parser.add_argument("--train", type=positive_int, default=4_000, metavar="N", help="reviews to train on")
     parser.add_argument("--test", type=positive_int, default=4_000, metavar="N", help="reviews to test on")
     parser.add_argument("--context_length", type=positive_int, default=128, metavar="TOKENS", help="of a review")
     parser.add_argument("--learning_rate", default="5e-5", help="as for train_bert_hf.py")
-    parser.add_argument("--output", default="benchmarks/precision.json", help="file for the measurements")
+    parser.add_argument("--output", type=user_path, default="benchmarks/precision.json",
+                        help="file for the measurements")
     return parser.parse_args(argv)
 
 

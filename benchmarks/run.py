@@ -30,7 +30,7 @@ import train_bert_hf
 import train_gpt
 import train_sklearn_logreg
 from benchmarks import reference
-from finetuning.cli import ArgumentParser, positive_int, run
+from finetuning.cli import ArgumentParser, positive_int, run, user_path
 from finetuning.features import compute_once
 from finetuning.files import written_whole
 from finetuning.layers import set_trainable
@@ -90,15 +90,16 @@ def write_report(path, report):
 def parse_args(argv=None):
     parser = ArgumentParser(prog="benchmarks/run.py", description="Time this project against a plain reference loop.")
     parser.add_argument("rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="what to time")
-    parser.add_argument("--data_dir", default=".", help="folder of the three CSV files")
-    parser.add_argument("--archive", help="archive of the reviews, for the row data")
+    parser.add_argument("--data_dir", type=user_path, default=".", help="folder of the three CSV files")
+    parser.add_argument("--archive", type=user_path, help="archive of the reviews, for the row data")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="measurements of each side")
     parser.add_argument("--steps", type=positive_int, default=6, metavar="N", help="training steps to time")
     parser.add_argument("--reviews", type=positive_int, default=160, metavar="N", help="reviews to evaluate")
     parser.add_argument("--context_length", type=positive_int, default=256, metavar="TOKENS", help="of a review")
     parser.add_argument("--device", default="auto", help="as for the train scripts")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the project's side")
-    parser.add_argument("--output", default="benchmarks/results.json", help="file for every single measurement")
+    parser.add_argument("--output", type=user_path, default="benchmarks/results.json",
+                        help="file for every single measurement")
     parser.add_argument("--side", choices=["reference", "project"], help="measure one side of one row, here and now")
     return parser.parse_args(argv)
 

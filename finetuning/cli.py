@@ -63,6 +63,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def user_path(text):
+    """Parse a path: a "~" stands for the home folder, which the shell sees to in "--flag ~/a" but not in "--flag=~/a".
+    """
+    return os.path.expanduser(text)
+
+
 def positive_int(text):
     """Parse a whole number of at least 1."""
     number = int(text)
@@ -101,8 +107,10 @@ context_length.__name__ = f"context length (a whole number, {' or '.join(CONTEXT
 def add_run_arguments(parser):
     """Add the flags that all three train scripts share: where to read and write, and the seed."""
     group = parser.add_argument_group("run")
-    group.add_argument("--data_dir", default=".", help="folder of train.csv, validation.csv and test.csv")
-    group.add_argument("--output_dir", help="folder of this run's record (default: results/ and the run's name)")
+    group.add_argument("--data_dir", type=user_path, default=".",
+                       help="folder of train.csv, validation.csv and test.csv")
+    group.add_argument("--output_dir", type=user_path,
+                       help="folder of this run's record (default: results/ and the run's name)")
     group.add_argument("--seed", type=seed_number, default=123, help="random seed")
     group.add_argument("--save_model", action="store_true",
                        help="keep the trained model, in model/ in the run's folder, for predict.py")

@@ -12,8 +12,11 @@ import reproduce
 import train_bert_hf
 import train_gpt
 import train_sklearn_logreg
+from benchmarks import growth, precision
+from benchmarks import run as speed
 from finetuning import cli
 from finetuning.experiment import memory_advice
+from finetuning.records import read_record
 
 TRAINERS = [train_gpt, train_bert_hf, train_sklearn_logreg]
 SCRIPTS = [download_prepare_dataset, *TRAINERS, predict, reproduce]
@@ -177,3 +180,45 @@ def test_ctrl_c_is_one_line(capsys):
 def test_the_command_is_kept_for_the_record(monkeypatch):
     args = train_gpt.parse_args(["--model_size", "gpt2-xl (1558M)"])
     assert args.command.endswith(" --model_size 'gpt2-xl (1558M)'")
+
+
+def flags_of(script, monkeypatch):
+    """The flags and other arguments of a script, as argparse knows them."""
+    class Parsed(Exception):
+        pass
+
+    def stop(parser, *_, **__):
+        raise Parsed(parser._actions)
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(cli.ArgumentParser, method, stop)
+    with pytest.raises(Parsed) as parsed:
+        script.parse_args([])
+    return {action.dest: action for action in parsed.value.args[0]}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, growth, precision, speed])
+def test_the_home_folder_is_found_in_every_path(script, monkeypatch):
+    """In `--data_dir=~/reviews` the shell leaves the "~" as it is."""
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    monkeypatch.setenv("USERPROFILE", "/home/of/mine")
+    paths = [action for action in flags_of(script, monkeypatch).values()
+             if action.nargs != 0 and action.choices is None
+             and re.search(r"folder|file|archive", f"{action.dest} {action.help}")]
+    assert paths
+    for action in paths:
+        if action.dest != "model_size":  # which is checked at once
+            assert action.type("~/a b") == "/home/of/mine/a b", action.dest
+            assert action.type("https://host/~someone/a.tar.gz") == "https://host/~someone/a.tar.gz"
+
+
+def test_the_home_folder_is_found_and_the_command_stays_as_typed(data_dir, tmp_path, monkeypatch, tiny_gpt):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(data_dir)
+    train_sklearn_logreg.main(["--data_dir=~", "--output_dir=~/runs/a"])
+    record = read_record(tmp_path / "runs" / "a")
+    assert record["arguments"]["output_dir"] == str(tmp_path / "runs" / "a")
+    assert record["command"].endswith(" '--data_dir=~' '--output_dir=~/runs/a'")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    assert train_gpt.parse_args(["--model_size=~/model"]).model_size == str(tmp_path / "model")
