@@ -4,12 +4,14 @@
     python predict.py results/logreg-counts-seed123 --csv test.csv > answers.tsv
     python predict.py results/logreg-counts-seed123 --explain "A film to remember."
 
-For each text it prints a line: label, probability of that label, and how the text begins. Texts
-are cut, padded and classified as the run's own test reviews were, so that these get the
-probabilities that stand in the run's test_predictions.csv.
+For each text it prints a line: label, probability of that label, and how the text begins; for a
+blank line of standard input, a blank line. Texts are cut, padded and classified as the run's own test
+reviews were, so that these get the probabilities that stand in the run's test_predictions.csv.
 """
 
 import importlib
+import io
+import os
 import sys
 from functools import cache
 from itertools import islice
@@ -34,14 +36,22 @@ def main(argv=None):
         raise UserError(f"--explain needs a linear model, whose words can be weighed one by one; the model in "
                         f"{folder} is none (train_sklearn_logreg.py makes one)")
     classifier = classifier(importlib.import_module(script), folder, settings, args.device)
-    for texts in texts_of(args):
-        probabilities = classifier(texts)
-        reasons = classifier.reasons(texts) if args.explain else [[]] * len(texts)
-        for text, positive, lines in zip(texts, probabilities, reasons, strict=True):
-            label = int(answers(positive))
-            print(LABELS[label], f"{positive if label else 1 - positive:.6f}", " ".join(text.split())[:BEGINNING],
-                  sep="\t")
-            print(*(f"\t{line}\n" for line in lines), sep="", end="", flush=True)
+    for lines in texts_of(args):
+        texts = [line for line in lines if line.strip()]
+        predictions = iter(describe(classifier, texts, args.explain) if texts else [])
+        for line in lines:
+            print(next(predictions) if line.strip() else "", flush=True)
+
+
+def describe(classifier, texts, explain):
+    """Yield what is printed for each text: its label, probability and beginning; below it, to `explain`, the reasons.
+    """
+    reasons = classifier.reasons(texts) if explain else [[]] * len(texts)
+    for text, positive, lines in zip(texts, classifier(texts), reasons, strict=True):
+        label = int(answers(positive))
+        beginning = " ".join(text.split())[:BEGINNING]
+        first = f"{LABELS[label]}\t{positive if label else 1 - positive:.6f}\t{beginning}"
+        yield "\n".join([first, *(f"\t{line}" for line in lines)])
 
 
 def parse_args(argv=None):
@@ -71,17 +81,29 @@ def texts_of(args):
         return
     if not all(text.strip() for text in args.texts):
         raise UserError("a text is empty")
-    lines = iter(args.texts) if args.texts else lines_of_standard_input()
+    lines = map(decode_argument, args.texts) if args.texts else lines_of_standard_input()
     while texts := list(islice(lines, CHUNK)):
         yield texts
 
 
+def decode_argument(text):
+    """Return an argument of the command line as UTF-8, whatever encoding the locale made Python read it in."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"a text is not in UTF-8: {error.reason}") from error
+
+
 def lines_of_standard_input():
-    """Yield the lines of standard input, but for blank ones."""
+    """Yield the lines of standard input, which is UTF-8 in any locale, with or without a byte order mark."""
+    if sys.stdin is None:
+        raise UserError("no text is given, and standard input is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     if sys.stdin.isatty():
         note("Type a text on each line; Ctrl-D (on Windows Ctrl-Z, Enter) ends")
     try:
-        yield from (line for line in sys.stdin if line.strip())
+        yield from sys.stdin
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not in {error.encoding.upper()}: {error.reason}") from error
 

@@ -1,6 +1,7 @@
 """Command lines: the flags both train scripts share, and how a script ends when something is wrong."""
 
 import argparse
+import io
 import logging
 import os
 import shlex
@@ -173,6 +174,9 @@ def voice():
 def run(main):
     """Run a script's `main()`; a user's error, a full disk or Ctrl-C ends in one line instead of a traceback."""
     signal.signal(signal.SIGTERM, raise_terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for characters that a console's encoding lacks
     # The Hub's client reports every retry; how it ended is one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

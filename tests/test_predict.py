@@ -2,6 +2,7 @@ import copy
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -219,7 +220,40 @@ def test_only_a_linear_model_gives_reasons(saved_run, failing, capsys):
 
 def test_lines_of_standard_input(counts, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a good\tfilm\n\n  a dull film \n"))
-    assert [beginning for *_, beginning in answers_of(capsys, counts)] == ["a good film", "a dull film"]
+    first, blank, second = answers_of(capsys, counts)
+    assert (first[2], blank, second[2]) == ("a good film", [""], "a dull film")
+
+
+def test_blank_lines_keep_their_place_wherever_they_are(counts, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "CHUNK", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \t\n\na good film\n\n"))
+    blank, film = [""], ["positive"]
+    assert [line[:1] for line in answers_of(capsys, counts)] == [blank, blank, blank, film, blank]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert answers_of(capsys, counts, "--explain") == [blank]
+
+
+@pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii"},
+                                      {"PYTHONIOENCODING": "cp932:strict"},
+                                      {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_any_console_shows_every_review(settings, counts, tmp_path):
+    """What it cannot show comes escaped; standard input, with a byte order mark, and arguments are UTF-8 all the same.
+    """
+    texts = ["good caf\u00e9", "\u6620\u753b good", "good \N{GRINNING FACE} \u0435"]
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join(texts), encoding="utf-8")
+    code = """if True:
+        import sys, predict
+        from finetuning.cli import run
+        folder, csv, *texts = sys.argv[1:]
+        run(lambda: [predict.main([folder, *arguments]) for arguments in (["--csv", csv], texts, [])])
+    """
+    done = subprocess.run([sys.executable, "-c", code, counts, tmp_path / "a.csv", *texts], cwd=REPOSITORY,
+                          env={**os.environ, "PYTHONIOENCODING": "", **settings},
+                          input="\n".join(texts).encode("utf-8-sig"), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    encoding = settings.get("PYTHONIOENCODING", "ascii").partition(":")[0]
+    assert [line.split("\t")[2] for line in done.stdout.decode(encoding).splitlines()] == 3 * [
+        text.encode(encoding, "backslashreplace").decode(encoding) for text in texts]
 
 
 def test_texts_come_in_pieces_and_in_their_order(counts, data_dir, capsys, monkeypatch):
@@ -241,6 +275,13 @@ def test_what_cannot_be_read(counts, tmp_path, failing, monkeypatch, capsys):
     assert "choose one" in failing(predict.main, counts, "good", "--csv", tmp_path / "a.csv")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert "standard input is not in UTF-8" in failing(predict.main, counts)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no text is given, and standard input is closed" in failing(predict.main, counts)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="arguments are Unicode there")
+def test_an_argument_that_is_not_utf_8(counts, failing):
+    assert "a text is not in UTF-8" in failing(predict.main, counts, os.fsdecode(b"caf\xe9"))
 
 
 def test_a_linear_model_needs_no_torch(counts):
