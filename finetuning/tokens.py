@@ -1,7 +1,8 @@
 """Review texts as token ids, cached on disk, so that no review is tokenized twice.
 
-A cache entry is a folder `token_cache/<key>` beside the CSV files, the key made of the CSV
-file's content, the tokenizer and the number of tokens kept. It holds `ids.bin` (all reviews'
+A cache entry is a folder `token_cache/<key>` beside the CSV files, or in the user's own cache folder
+where that place is read-only; the key is made of the CSV file's content, the tokenizer and the
+number of tokens kept. It holds `ids.bin` (all reviews'
 ids behind one another, little-endian int32), `lengths.npy` and `labels.npy` (one int64 a
 review), and `sha256`, the digest of the three.
 """
@@ -9,7 +10,6 @@ review), and `sha256`, the digest of the three.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -65,13 +65,38 @@ def cached_tokens(path, tokenizer, max_length):
     """The Tokens of a CSV file, its ids memory-mapped from the cache; a damaged entry is made anew."""
     parts = [sha256(path), tokenizer.fingerprint, max_length]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-    # A folder of data may be read-only; the cache then goes where temporary files go.
-    root = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
-    folder = root / "token_cache" / key
-    if not is_whole(folder):
+    roots = [root for root in cache_roots(path) if is_trusted(root, path)]
+    folder = next((root / key for root in roots if is_whole(root / key)), None)
+    if folder is None:
+        writable = [root for root in roots if is_writable(root)]
+        if not writable:
+            raise UserError(f"cannot write to {' or '.join(map(str, cache_roots(path)))}, where tokenized reviews are "
+                            "kept; set XDG_CACHE_HOME to a folder of your own")
+        folder = writable[0] / key
         build(folder, path, tokenizer, max_length)
     return Tokens(np.memmap(folder / FILES[0], dtype="<i4", mode="r"),
                   *(np.load(folder / file, allow_pickle=False) for file in FILES[1:]))
+
+
+def cache_roots(path):
+    """The folders that may hold the cache entries of a CSV file: one beside it, and one of the user's own.
+
+    The latter is where the XDG Base Directory Specification has it.
+    """
+    homes = map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache"))
+    own = [Path(home) / "imdb-finetuning" / "token_cache" for home in homes if os.path.isabs(home)]
+    return [path.parent / "token_cache", *own[:1]]
+
+
+def is_trusted(root, path):
+    """Whether a cache folder, if it exists, belongs to this user or to the owner of the CSV file."""
+    return not os.path.exists(root) or root.stat().st_uid in {getattr(os, "geteuid", lambda: 0)(), path.stat().st_uid}
+
+
+def is_writable(folder):
+    """Whether a folder, or where there is none the one to make it in, can be written to."""
+    return (is_writable(folder.parent) if not os.path.exists(folder) else
+            folder.is_dir() and os.access(folder, os.W_OK | os.X_OK))
 
 
 def is_whole(folder):

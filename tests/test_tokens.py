@@ -1,7 +1,10 @@
 import os
 import shutil
+import sys
 import time
 import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -131,12 +134,77 @@ def test_what_a_killed_run_left_is_in_nobodys_way(folder):
     assert len(list((folder / "token_cache").iterdir())) == 1
 
 
-def test_a_read_only_data_folder_does_without_a_cache_beside_it(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(tokens.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
-    cached_tokens(folder / "train.csv", numbers(), 3)
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder of the user's own, without settings of where caches go."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Make folders look read-only, as they never do to root."""
+    def make(*folders):
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) not in map(str, folders)
+                            and access(path, mode))
+    return make
+
+
+@pytest.mark.parametrize(("setting", "place"), [
+    (None, ".cache"), ("", ".cache"), ("relative", ".cache"), ("~/caches", "caches")])
+def test_a_read_only_data_folder_has_its_cache_in_the_users_own(setting, place, folder, home, read_only, monkeypatch):
+    if setting is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", setting)
+    read_only(folder)
+    calls = []
+    for _ in range(2):
+        assert as_lists(cached_tokens(folder / "train.csv", numbers(calls), 3)) == [[1, 2, 3], [5], [6, 7]]
+    assert len(calls) == 3
     assert not (folder / "token_cache").exists()
-    assert (tmp_path / "elsewhere" / "token_cache").exists()
+    assert len(list((home / place / "imdb-finetuning" / "token_cache").iterdir())) == 1
+
+
+def test_an_entry_beside_read_only_data_is_used(folder, home, read_only):
+    cached_tokens(folder / "train.csv", numbers(), 3)
+    read_only(folder, folder / "token_cache")
+    calls = []
+    cached_tokens(folder / "train.csv", numbers(calls), 3)
+    assert calls == []
+    cached_tokens(folder / "test.csv", numbers(calls), 2)
+    assert len(list((home / ".cache" / "imdb-finetuning" / "token_cache").iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no owners")
+@pytest.mark.parametrize(("owner", "trusted"), [(1001, False), (1002, True), (1003, True)])
+def test_a_cache_folder_is_trusted_by_its_owner_and_for_the_data_owners_sake(owner, trusted, folder, monkeypatch):
+    """The data are 1002's, and this is 1003."""
+    (folder / "token_cache").mkdir()
+    owners = {"token_cache": owner, "train.csv": 1002}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 1003)
+        patch.setattr(Path, "stat", lambda path: SimpleNamespace(st_uid=owners[path.name]))
+        found = tokens.is_trusted(folder / "token_cache", folder / "train.csv")
+    assert found == trusted
+
+
+def test_a_cache_folder_of_someone_elses_is_neither_read_nor_written(folder, home, monkeypatch):
+    cached_tokens(folder / "train.csv", numbers(), 3)
+    monkeypatch.setattr(tokens, "is_trusted", lambda root, path: root.parent != folder)
+    calls = []
+    for _ in range(2):
+        cached_tokens(folder / "train.csv", numbers(calls), 3)
+    assert len(calls) == 3
+    assert len(list((folder / "token_cache").iterdir())) == 1
+
+
+def test_without_any_folder_to_write_to_the_variable_is_named(folder, home, read_only):
+    read_only(folder, home)
+    with pytest.raises(UserError, match=f"cannot write to {folder}.* or {home}.*; set XDG_CACHE_HOME to a folder of"):
+        cached_tokens(folder / "train.csv", numbers(), 3)
 
 
 def test_memory_does_not_grow_with_the_number_of_reviews(tmp_path, monkeypatch):
