@@ -22,6 +22,7 @@ from finetuning.optimizers import build_optimizer
 from finetuning.plots import draw_run
 from finetuning.reviews import check_dataset, copies_in_training_set
 from finetuning.runtime import (
+    check_compiler,
     compile_model,
     hardware,
     keep_freed_memory,
@@ -73,6 +74,8 @@ def prepare(args, folder):
         raise UserError(f"{folder} holds the checkpoint of an unfinished run: add --resume to go on with it, "
                         "or delete it to start again")
     device = select_device(args.device)
+    if args.compile:
+        check_compiler(device)
     # What "auto" finds out by trying could differ from one time to the next.
     precision, reason = ((checkpoint["precision"], "as the run began") if checkpoint
                          else select_precision(args.precision, device))

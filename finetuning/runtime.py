@@ -101,6 +101,18 @@ def keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def check_compiler(device):
+    """Raise UserError where torch.compile cannot build a kernel for the device; a small one takes a few seconds."""
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(2, device=device))
+    except Exception as error:  # of any kind: nothing is wrong with what is compiled
+        lines = [line for line in str(error).splitlines() if line and not line.endswith(" raised:")] or [repr(error)]
+        reason = next((line for line in lines if " error: " in line), lines[0])
+        tool = {"cpu": "a C++ compiler, which CXX may name", "cuda": "Triton"}.get(device.type, "what is missing")
+        raise UserError(f"--compile does not work on this machine: {reason}; install {tool}, or leave out --compile"
+                        ) from error
+
+
 def compile_model(model, device):
     """Compile a model for the shapes it meets, which should be few; on CUDA its kernels are replayed as one graph."""
     torch._dynamo.config.recompile_limit = COMPILATIONS

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, TINY_CONFIGS, save_encoder
+from torch._inductor import config as inductor
 
 import download_prepare_dataset
 import predict
@@ -128,6 +129,17 @@ def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_pat
 def test_other_errors_of_the_matrix_library_are_bugs_and_keep_their_traceback():
     with pytest.raises(RuntimeError, match="descriptor"), memory_advice():
         raise RuntimeError("could not create a primitive descriptor for a matmul primitive")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it imports its compiler
+def test_a_missing_compiler_is_noticed_before_anything_is_downloaded(data_dir, tmp_path, failing, monkeypatch):
+    monkeypatch.setattr(train_gpt, "load_config", lambda size: pytest.fail("too late"))
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
+        message = failing(train_gpt.main, "--compile", "--device", "cpu", "--data_dir", data_dir,
+                          "--output_dir", tmp_path / "run")
+    assert "--compile does not work on this machine: InvalidCxxCompiler: No working C++ compiler found" in message
+    assert message.endswith("; install a C++ compiler, which CXX may name, or leave out --compile")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, reproduce])

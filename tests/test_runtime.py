@@ -111,3 +111,20 @@ def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
         raise OSError(f"no {name}")
     monkeypatch.setattr(runtime.ctypes, "CDLL", absent)
     runtime.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("device", "error", "message"), [
+    ("cuda", "TritonMissing: Cannot find a working triton installation.\n\nSet TORCHDYNAMO_VERBOSE=1",
+     r"RuntimeError: TritonMissing: Cannot find a working triton installation\.; install Triton, or leave"),
+    ("cpu", "CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.cpp:1:10: fatal error: Python.h: "
+            "No such file\n", "this machine: x.cpp:1:10: fatal error: Python.h: No such file; install"),
+])
+def test_a_compiler_that_does_not_work_is_one_line(device, error, message, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError(error)
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile_function(function, backend=backend))
+    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))
+    with pytest.raises(UserError, match=message) as raised:
+        runtime.check_compiler(torch.device(device))
+    assert "\n" not in str(raised.value)
