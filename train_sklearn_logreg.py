@@ -85,6 +85,7 @@ def run_baselines(args, name, folder):
     """Fit both classifiers, print the published log, and leave the run's record."""
     train, validation, test = load_dataframes(args.data_dir)
     facts = records.facts(args)
+    records.check_replaceable(folder, facts)
 
     started = time.perf_counter()
     features = FEATURES[args.features]

@@ -69,6 +69,7 @@ def prepare(args, folder):
     """The run's Setting; raises UserError for all that can be seen to be wrong without a model."""
     check_batches(args, check_dataset(args.data_dir))
     facts = records.facts(args)
+    records.check_replaceable(folder, facts)
     checkpoint = find_checkpoint(folder, run_identity(facts)) if args.resume else None
     if not args.resume and is_unfinished(folder):
         raise UserError(f"{folder} holds the checkpoint of an unfinished run: add --resume to go on with it, "

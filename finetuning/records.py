@@ -34,6 +34,7 @@ trained model stands in `model/`, as `finetuning.saved` describes it.
 """
 
 import json
+import shlex
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +43,7 @@ from types import NoneType
 import numpy as np
 import pandas as pd
 
+from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.files import sha256, written_whole
 from finetuning.machine import git_commit, versions
@@ -49,6 +51,8 @@ from finetuning.reviews import SPLITS, csv_paths
 from finetuning.uncertainty import answers, calibration, wilson_interval
 
 RECORD, PREDICTIONS, MODEL = "record.json", "test_predictions.csv", "model"
+# Arguments that may differ between two runs of the same command.
+NOT_COMPARED = {"resume", "checkpoint_minutes", "output_dir", "models_dir", "accumulate", "tensorboard", "save_model"}
 NUMBER = (int, float)
 SPLIT_SHARES, COUNTS = dict.fromkeys(SPLITS, NUMBER), dict.fromkeys(SPLITS, int)
 # What each value must be: a type, several to choose from, or a dictionary of keys that must be there.
@@ -74,6 +78,39 @@ def facts(args):
     arguments = {key: value for key, value in vars(args).items() if key not in ("command", "variants")}
     return {"command": args.command, "arguments": arguments, "versions": versions(), "git_commit": git_commit(),
             "data": {path.name: sha256(path) for path in csv_paths(args.data_dir)}}
+
+
+def check_replaceable(folder, facts):
+    """Raise UserError where a folder holds the record of another command, which a run with these facts would replace.
+
+    The same command replaces its record, with a note where its data have changed.
+    """
+    path = Path(folder) / RECORD
+    if not path.exists():
+        return
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        command, arguments, data = record["command"], record["arguments"], record["data"]
+        script, arguments = script_name(command), dict(arguments)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is in the way and is not a run's record; choose another --output_dir, or delete it"
+                        ) from error
+    same_data = data == facts["data"]
+    # Flags that only one of the two knows came or went between versions of this code.
+    differing = [key for key, value in facts["arguments"].items() if arguments.get(key, value) != value
+                 and key not in NOT_COMPARED and not (key == "data_dir" and same_data)]
+    if script != script_name(facts["command"]):
+        differing.insert(0, "script")
+    if differing:
+        raise UserError(f"{path} is the record of another run (other {', '.join(differing)}): {command}; "
+                        "choose another --output_dir to keep it, or delete it")
+    if not same_data:
+        note(f"{path} was made with other data; this run will replace it")
+
+
+def script_name(command):
+    """Return which script a recorded command runs; None if none."""
+    return next((Path(word).name for word in shlex.split(command) if word.endswith(".py")), None)
 
 
 def write_record(folder, record, copies, labels, probabilities):
