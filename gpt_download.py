@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError
 from finetuning.hub import check_cached_weights
+from finetuning.network import wrong_setting
 
 REPOSITORIES = {
     "124M": "openai-community/gpt2",
@@ -54,9 +55,12 @@ def fetch(repository, filename, model_size, models_dir):
         return Path(cached)
     try:
         return Path(hf_hub_download(repository, filename, local_dir=folder))
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        problem = wrong_setting(error, "hub")
+        if not problem and not isinstance(error, (HfHubHTTPError, OSError)):
+            raise
         raise UserError(f"cannot get {filename} of {repository} from the Hugging Face Hub, and the cache has "
-                        f"no copy: {error}") from error
+                        f"no copy: {problem or error}") from error
 
 
 def read_settings(path):

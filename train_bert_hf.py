@@ -33,6 +33,7 @@ from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.hub import check_cached_weights
 from finetuning.layers import OutputLayers, find_output_layers, set_trainable
+from finetuning.network import wrong_setting
 from finetuning.reviews import LABELS
 from finetuning.tokens import Tokenizer, flatten, load_tokens
 
@@ -153,6 +154,8 @@ def load_model(name, seed):
                         "code and is not loaded") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
             HfHubHTTPError) as error:
+        if not Path(source).is_dir() and (problem := wrong_setting(error, "hub")):
+            raise UserError(f"cannot load --model {name}: {problem}") from error
         known = "" if name in MODELS else f"; it is none of {', '.join(MODELS)}"
         raise UserError(f"cannot load --model {name}{known}: {error}") from error
     if not Path(source).is_dir():

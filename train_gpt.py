@@ -30,6 +30,7 @@ from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.gpt_classifier import GPTClassifier
 from finetuning.layers import OutputLayers, set_trainable
+from finetuning.network import wrong_setting
 from finetuning.reviews import LABELS
 from finetuning.runtime import is_compiled
 from finetuning.tokens import Tokenizer, flatten, load_tokens
@@ -154,7 +155,8 @@ def load_encoding(model_size="gpt2-small (124M)"):
     try:
         return tiktoken.get_encoding("gpt2")
     except (RequestException, OSError, ValueError) as error:
-        raise UserError(f"cannot get GPT-2's tokenizer ({type(error).__name__}); it is downloaded once, "
+        reason = wrong_setting(error, "requests") or type(error).__name__
+        raise UserError(f"cannot get GPT-2's tokenizer ({reason}); it is downloaded once, "
                         "or found in the folder that TIKTOKEN_CACHE_DIR names") from error
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.files import disk_named
+from finetuning.network import wrong_setting
 
 TIMEOUT = 10, 30  # seconds: to connect, and without a byte from the server
 ATTEMPTS = 5  # in a row that bring nothing new
@@ -50,7 +51,11 @@ def download(wanted, target):
                 receive(wanted, part, version)
                 check(wanted, part)
                 break
-            except (Broken, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            except (Broken, OSError, urllib3.exceptions.HTTPError) as error:  # a RequestException is an OSError
+                if isinstance(error, OSError) and error.errno:  # of the disk
+                    raise
+                if problem := wrong_setting(error, "requests"):
+                    raise UserError(f"cannot download {wanted.url}: {problem}") from error
                 size = size_of(part)
                 failures = 1 if size > most else failures + 1
                 most = max(most, size)
