@@ -12,7 +12,7 @@ FEW = 4  # lengths to pad to where each new one costs a compilation
 
 
 class Batch(NamedTuple):
-    """Reviews padded on the right to one length."""
+    """Reviews padded to one length."""
 
     input_ids: torch.Tensor  # (batch, tokens) int64; or hidden states (batch, tokens, width) float32
     attention_mask: torch.Tensor | None  # (batch, tokens) int64, 1 on real tokens; None: attend to everything
@@ -35,15 +35,17 @@ class IMDbDataset(Dataset):
     float32, in place of ids. A batch is padded with `pad_token_id` to
     `pad_to` tokens, or where these are several numbers to the least that will do, or where it is
     None to its longest review. `use_attention_mask` says whether the padding is masked; where a
-    batch has none, it carries no mask.
+    batch has none, it carries no mask. `padding_side` is "right" or "left".
     """
 
-    def __init__(self, tokens, pad_token_id, pad_to=None, use_attention_mask=False):
+    def __init__(self, tokens, pad_token_id, pad_to=None, use_attention_mask=False,
+                 padding_side="right"):
         self.token_ids, self.lengths, self.labels = tokens
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to
         self.use_attention_mask = use_attention_mask
+        self.padding_side = padding_side
         self.sample = None  # the first reviews once more, in a form that is quicker to evaluate
 
     def padded(self, lengths):
@@ -81,10 +83,12 @@ class IMDbDataset(Dataset):
         dtype = np.int64 if self.token_ids.ndim == 1 else self.token_ids.dtype  # hidden states stay what they are
         shape = len(indices), self.padded(lengths.max()), *self.token_ids.shape[1:]
         input_ids = np.full(shape, self.pad_token_id, dtype)
+        offsets = shape[1] - lengths if self.padding_side == "left" else np.zeros_like(lengths)
         for row, index in enumerate(indices):
             start = self.starts[index]
-            input_ids[row, :lengths[row]] = self.token_ids[start:start + lengths[row]]
-        real = np.arange(input_ids.shape[1]) < lengths[:, None]
+            input_ids[row, offsets[row]:offsets[row] + lengths[row]] = self.token_ids[start:start + lengths[row]]
+        positions = np.arange(shape[1]) - offsets[:, None]
+        real = (positions >= 0) & (positions < lengths[:, None])
         # Without padding a mask says nothing, and fused attention kernels are faster without one.
         mask = torch.from_numpy(real.astype(np.int64)) if self.use_attention_mask and not real.all() else None
         return Batch(torch.from_numpy(input_ids), mask, torch.from_numpy(lengths),

@@ -84,3 +84,11 @@ def test_the_evaluation_order_takes_each_review_once_longest_first_within_the_bu
     order = [indices.tolist() for indices in evaluation_order(lengths, tokens=8)]
     # 10 tokens exceed the budget and stand alone; 8 // 4 = 2 reviews; 8 // 3 = 2 reviews; the rest.
     assert order == [[1], [3, 4], [0, 5], [2]]
+
+
+def test_padding_on_the_left():
+    dataset = IMDbDataset(flatten([[5, 6, 7], [8]], [1, 0]), pad_token_id=9, pad_to=4, use_attention_mask=True,
+                          padding_side="left")
+    batch = dataset.batch([0, 1])
+    assert batch.input_ids.tolist() == [[9, 5, 6, 7], [9, 9, 9, 8]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
