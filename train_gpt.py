@@ -165,7 +165,8 @@ def wrap(encoding):
     def encode(texts, max_length):
         # A review that spells out "<|endoftext|>" is text like any other.
         return [ids[:max_length] for ids in encoding.encode_ordinary_batch(texts)]
-    return Tokenizer(encode, f"tiktoken {encoding.name} {encoding.n_vocab}", encoding.eot_token)
+    fingerprint = f"tiktoken {tiktoken.__version__} {encoding.name} {encoding.n_vocab}"
+    return Tokenizer(encode, fingerprint, encoding.eot_token)
 
 
 def instantiate_model(model_size, weights="pretrained", seed=123, models_dir=None):

@@ -34,5 +34,5 @@ def read_encoding(path, size):
         raise UserError(f"{path} is no tokenizer in tiktoken's format: it lacks some of the 256 bytes")
     if max(ranks.values()) >= size - 1:
         raise UserError(f"{path} holds more tokens than the model's vocabulary of {size}, {END_OF_TEXT} counted")
-    name = hashlib.sha256(content).hexdigest()
+    name = hashlib.sha256(content + PIECES.encode()).hexdigest()
     return tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: size - 1})
