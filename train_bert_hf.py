@@ -5,7 +5,6 @@
 gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding masked.
 """
 
-import hashlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,13 +30,33 @@ from finetuning.cli import (
 )
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
-from finetuning.hub import check_cached_weights
-from finetuning.layers import OutputLayers, find_output_layers, set_trainable
+from finetuning.hub import (
+    check_cached_weights,
+    check_finite,
+    encoder_of,
+    find_padding_side,
+    fingerprint,
+    refuse_adapter,
+    set_padding,
+    trial_of,
+)
+from finetuning.layers import (
+    OutputLayers,
+    find_output_layer,
+    find_output_layers,
+    head_of,
+    modules_in_order,
+    set_trainable,
+)
 from finetuning.network import wrong_setting
 from finetuning.reviews import LABELS
 from finetuning.tokens import Tokenizer, flatten, load_tokens
 
 NUM_CLASSES = len(LABELS)
+EXAMPLE = "A film to remember, with a plot that holds and a cast that is a joy to watch."
+# What the configuration of a checkpoint may ask for and a classifier of reviews does not have.
+CONFIG = {"problem_type": "single_label_classification", "return_dict": True, "output_attentions": False,
+          "output_hidden_states": False}
 NO_LIMIT = 2**30  # tokens; what tokenizers write for "no limit", 1e30, is more than they accept themselves
 
 
@@ -46,17 +65,18 @@ class Encoder(NamedTuple):
 
     hub_id: str
     head: str  # the output layer
-    between: tuple[str, ...]  # what stands between the last block and the output layer
+    between: tuple[str, ...]  # what stands between the last block and the output layer, or its classification head
     blocks: str  # the list of transformer blocks
+    new_head: bool = True  # whether the published code replaces the library's output layer
 
 
 MODELS = {
     "distilbert": Encoder("distilbert/distilbert-base-uncased",
-                          "classifier", ("pre_classifier",), "distilbert.transformer.layer"),
+                          "classifier", ("pre_classifier",), "distilbert.transformer.layer", new_head=False),
     "bert": Encoder("google-bert/bert-base-uncased",
                     "classifier", ("bert.pooler",), "bert.encoder.layer"),
     "roberta": Encoder("FacebookAI/roberta-large",
-                       "classifier.out_proj", ("classifier.dense",), "roberta.encoder.layer"),
+                       "classifier.out_proj", (), "roberta.encoder.layer"),
     "deberta-v3-base": Encoder("microsoft/deberta-v3-base",
                                "classifier", ("pooler",), "deberta.encoder.layer"),
     "modernbert-base": Encoder("answerdotai/ModernBERT-base",
@@ -74,20 +94,25 @@ def main(argv=None):
 def build(args):
     """What `args` describe: (model, head, read_logits, save, training set, validation set, test set)."""
     model, tokenizer = load_model(args.model, args.seed)
-    layers = output_layers(args.model, model)
+    layers = output_layers(args.model, model, tokenizer)
     set_trainable(model, args.trainable_layers, layers)
 
     sets, length = load_tokens(args.data_dir, wrap(tokenizer), args.context_length, longest_input(model, tokenizer))
-    settings = {"use_attention_mask": args.use_attention_mask == "true", "context_length": length}
+    settings = {"use_attention_mask": args.use_attention_mask == "true", "context_length": length,
+                "padding_side": "right"}
+    if args.model not in MODELS:
+        settings["padding_side"] = find_padding_side(
+            args.model, model, read_logits,
+            lambda **padding: dataset(sets[0], tokenizer, **settings | padding), settings["use_attention_mask"])
     datasets = [dataset(tokens, tokenizer, **settings, few=args.compile) for tokens in sets]
     return model, layers.head, read_logits, partial(save, model, tokenizer, settings), *datasets
 
 
-def dataset(tokens, tokenizer, use_attention_mask, context_length, few=False):
+def dataset(tokens, tokenizer, use_attention_mask, context_length, padding_side="right", few=False):
     """Tokens as an IMDbDataset, padded as the model reads them, if possible to a `few` lengths only."""
     # Under a mask, padding to the batch's longest review is the same computation as padding to the full length.
     pad_to = context_length if not use_attention_mask else few_lengths(context_length) if few else None
-    return IMDbDataset(tokens, tokenizer.pad_token_id, pad_to, use_attention_mask)
+    return IMDbDataset(tokens, tokenizer.pad_token_id, pad_to, use_attention_mask, padding_side)
 
 
 def save(model, tokenizer, settings, folder):
@@ -98,7 +123,12 @@ def save(model, tokenizer, settings, folder):
     """
     transformers.logging.disable_progress_bar()  # of a file or two
     model.save_pretrained(folder)
-    tokenizer.model_max_length = settings["context_length"]
+    # What a pipeline needs to read texts as they were read here.
+    habits = {"model_max_length": settings["context_length"], "padding_side": settings["padding_side"],
+              "split_special_tokens": tokenizer.is_fast}
+    tokenizer.init_kwargs |= habits
+    for key, value in habits.items():
+        setattr(tokenizer, key, value)
     tokenizer.save_pretrained(folder)
     return {"family": "encoder", **settings}
 
@@ -107,11 +137,12 @@ def load_saved(folder, settings):
     """A model that `save` wrote: (model, read_logits, a function of a list of texts that returns their IMDbDataset)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    encode, length = wrap(tokenizer).encode, settings["context_length"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    encode, length = encoder_of(tokenizer), settings["context_length"]
     return model, read_logits, lambda texts: dataset(
-        flatten(encode(texts, length), [0] * len(texts)), tokenizer, settings["use_attention_mask"], length)
+        flatten(encode(texts, length), [0] * len(texts)), tokenizer, settings["use_attention_mask"], length,
+        settings.get("padding_side", "right"))
 
 
 def parse_args(argv=None):
@@ -143,10 +174,12 @@ def load_model(name, seed):
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        refuse_adapter(name, source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         torch.manual_seed(seed)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, id2label=dict(enumerate(LABELS)), label2id={name: label for label, name in enumerate(LABELS)},
+            source, **CONFIG, id2label=dict(enumerate(LABELS)),
+            label2id={name: label for label, name in enumerate(LABELS)}, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
             dtype=torch.float32)  # whatever precision the file is stored in
     except UnpicklingError as error:
@@ -156,15 +189,44 @@ def load_model(name, seed):
             HfHubHTTPError) as error:
         if not Path(source).is_dir() and (problem := wrong_setting(error, "hub")):
             raise UserError(f"cannot load --model {name}: {problem}") from error
+        if "trust_remote_code" in str(error):
+            raise UserError(f"cannot load --model {name}: it needs code of its own, which is never run here") from error
         known = "" if name in MODELS else f"; it is none of {', '.join(MODELS)}"
         raise UserError(f"cannot load --model {name}{known}: {error}") from error
     if not Path(source).is_dir():
         check_cached_weights(source)
-    check_tokenizer(name, tokenizer, model.get_input_embeddings().num_embeddings)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    check_new_layers(name, model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    check_tokenizer(name, tokenizer, getattr(model.config.get_text_config(), "vocab_size", None))
+    set_padding(name, model, tokenizer)
+    new = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    check_new_layers(name, model, new)
+    new |= replace_output_layer(name, model, tokenizer)
+    check_finite(name, model)
+    note(f"New layers: {', '.join(sorted({key.rpartition('.')[0] for key in new}))}")
     return model, tokenizer
+
+
+def replace_output_layer(name, model, tokenizer):
+    """Put a new output layer in place of the library's or the checkpoint's, where it is published so.
+
+    From `torch.manual_seed` to this the random numbers drawn are those of the published code, so that the new layer is
+    the published one. Returns the names of its parameters.
+    """
+    if name in MODELS and not MODELS[name].new_head:
+        return set()
+    if name in MODELS:
+        path = MODELS[name].head
+    else:
+        with trial_of(name):
+            path = find_output_layer(model, modules_in_order(model, **example(model, tokenizer)), NUM_CLASSES)
+    old = model.get_submodule(path)
+    model.set_submodule(path, nn.Linear(old.in_features, NUM_CLASSES, bias=old.bias is not None))
+    return {f"{path}.weight"}
+
+
+def example(model, tokenizer):
+    """Return a review as the model reads it, with its mask."""
+    ids = torch.tensor(encoder_of(tokenizer)([EXAMPLE], longest_input(model, tokenizer)))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def check_tokenizer(name, tokenizer, embeddings):
@@ -172,28 +234,30 @@ def check_tokenizer(name, tokenizer, embeddings):
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(tokenizer.all_special_ids):
         raise UserError(f"cannot load --model {name}: its tokenizer has no vocabulary; are its files missing?")
-    if max(vocabulary.values()) >= embeddings:
+    if embeddings is not None and max(vocabulary.values()) >= embeddings:
         raise UserError(f"cannot load --model {name}: its tokenizer is of another model; it knows "
                         f"{max(vocabulary.values()) + 1:,} tokens, the model {embeddings:,}")
 
 
 def check_new_layers(name, model, new):
-    """Say which parameters the checkpoint did not give; refuse if transformer blocks or embeddings are among them."""
+    """Raise UserError if transformer blocks or embeddings are among the parameters that the checkpoint did not give."""
     pretrained = tuple(f"{path}." for path, module in model.named_modules()
-                       if isinstance(module, (nn.ModuleList, nn.Embedding)))
+                       if isinstance(module, (nn.ModuleList, nn.Embedding))
+                       or type(module).__name__.endswith("Embedding"))  # I-BERT has its own
     lacking = sorted(key for key in new if key.startswith(pretrained))
     if lacking:
         raise UserError(f"the checkpoint of --model {name} is incomplete or does not fit its configuration: "
                         f"{len(lacking)} parameters, such as {lacking[0]}, are missing or of another shape")
-    note(f"New layers: {', '.join(sorted({key.rpartition('.')[0] for key in new})) or 'none'}")
 
 
-def output_layers(name, model):
-    """The model's OutputLayers: from MODELS, or found where the model is not in it."""
+def output_layers(name, model, tokenizer=None):
+    """The model's OutputLayers: from MODELS, or found with the tokenizer's help where the model is not in it."""
     if name not in MODELS:
-        return find_output_layers(model, model.config.num_hidden_layers, NUM_CLASSES, **model.dummy_inputs)
+        blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        with trial_of(name):
+            return find_output_layers(model, modules_in_order(model, **example(model, tokenizer)), blocks, NUM_CLASSES)
     encoder = MODELS[name]
-    return OutputLayers(model.get_submodule(encoder.head), [model.get_submodule(path) for path in encoder.between],
+    return OutputLayers(head_of(model, encoder.head), [model.get_submodule(path) for path in encoder.between],
                         model.get_submodule(encoder.blocks)[-1])
 
 
@@ -209,17 +273,17 @@ def longest_input(model, tokenizer):
 
 def wrap(tokenizer):
     """A Hugging Face tokenizer as a Tokenizer; cutting a review keeps the special tokens at its ends."""
-    def encode(texts, max_length):
-        return tokenizer(texts, truncation=max_length is not None, max_length=max_length,
-                         return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    definition = backend.to_str() if backend else f"{tokenizer.get_vocab()} {tokenizer.init_kwargs}"
-    return Tokenizer(encode, hashlib.sha256(definition.encode()).hexdigest(), tokenizer.pad_token_id)
+    return Tokenizer(encoder_of(tokenizer), fingerprint(tokenizer), tokenizer.pad_token_id)
 
 
 def read_logits(model, batch):
-    """The model's class logits: (batch, classes)"""
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    """The model's class logits: (batch, classes); raises UserError if the model does not compute in bf16."""
+    try:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    except (RuntimeError, TypeError) as error:
+        if "BFloat16" not in str(error):
+            raise
+        raise UserError(f"this model does not compute in bf16 ({error}); use --precision fp32") from error
 
 
 if __name__ == "__main__":

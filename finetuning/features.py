@@ -23,7 +23,8 @@ def compute_once(args, classifier, head, *datasets):
     Training ends in the same numbers, to rounding.
     """
     model = classifier.model
-    if args.trainable_layers == "last_layer" and is_fixed(classifier, datasets[0]):
+    # A classification head of several layers is trained as it is, since it may read more than one vector a review.
+    if args.trainable_layers == "last_layer" and isinstance(head, nn.Linear) and is_fixed(classifier, datasets[0]):
         note("Nothing before the output layer learns or varies: computing what it reads, once")
         return freeze_features(classifier, head, *datasets)
     if (args.trainable_layers != "last_block" or not hasattr(model, "hidden_states")

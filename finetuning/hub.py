@@ -1,15 +1,30 @@
-"""Files in the Hugging Face cache: whether they still are what the Hub sent."""
+"""What comes from the Hugging Face Hub, checked before anything is trained: weights, adapters, tokenizers."""
 
+import contextlib
+import hashlib
+import importlib.metadata
+import json
 import re
+import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
 from huggingface_hub import try_to_load_from_cache
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from finetuning.errors import UserError
 from finetuning.files import sha256
+from finetuning.layers import trial_copy
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DIGEST = re.compile("[0-9a-f]{64}")
+TOKENIZER_LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
+# What a tokenizer's files hold of where it was loaded from and how it was called last.
+PASSING = {"tokenizer.json": {"truncation", "padding"},
+           "tokenizer_config.json": {"is_local", "local_files_only", "name_or_path"}}
+SAMPLE = 8  # reviews to try a model with
+TOLERANCE = 1e-4  # of logits, between a review alone and in a padded batch
 
 
 def check_cached_weights(repository):
@@ -26,3 +41,106 @@ def check_cached_weights(repository):
         if DIGEST.fullmatch(stored.name) and sha256(stored) != stored.name:
             raise UserError(f"{filename} of {repository} in the Hugging Face cache is damaged (its SHA-256 differs); "
                             f"delete {stored} and run again")
+
+
+def refuse_adapter(name, source):
+    """Raise UserError if a repository or folder holds an adapter, which changes what the weights compute."""
+    if find_adapter_config_file(source):
+        raise UserError(f"cannot load --model {name}: it holds an adapter (adapter_config.json); merge it into its "
+                        "base model (merge_and_unload of peft), or name the base model instead")
+
+
+def check_finite(name, model):
+    """Raise UserError if weights of the checkpoint are not finite numbers."""
+    for path, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"the checkpoint of --model {name} is damaged: {path} holds NaN or infinite numbers")
+
+
+def set_padding(name, model, tokenizer):
+    """Let model and tokenizer agree on the token to pad with; raises UserError if there is none."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"cannot load --model {name}: its tokenizer has neither a pad nor an eos token to fill up "
+                        "batches with")
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def encoder_of(tokenizer):
+    """Return the tokenizer's `encode` of a Tokenizer, for which "[SEP]" in a review is text like any other."""
+    def tokenize(texts, **settings):
+        # In slow tokenizers this would also take apart added tokens that are not special.
+        return tokenizer(texts, split_special_tokens=tokenizer.is_fast, return_attention_mask=False,
+                         return_token_type_ids=False, **settings)["input_ids"]
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # A vocabulary made by SentencePiece holds them as pieces of text, too: a space breaks them up.
+    whole = [token for token, number in special.items() if number in tokenize(token, add_special_tokens=False)]
+    pattern = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in whole))
+
+    def encode(texts, max_length):
+        if whole:
+            texts = [pattern.sub(r"\g<0> ", text) for text in texts]
+        return tokenize(texts, truncation=max_length is not None, max_length=max_length)
+    return encode
+
+
+def fingerprint(tokenizer):
+    """Return a SHA-256 of all that a Hugging Face tokenizer's results depend on: its files and the libraries."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(map(Path, tokenizer.save_pretrained(folder))):
+            content = path.read_bytes()
+            if path.name in PASSING:
+                settings = json.loads(content)
+                content = json.dumps({key: settings[key] for key in settings.keys() - PASSING[path.name]},
+                                     sort_keys=True).encode()
+            digest.update(path.name.encode() + content)
+    for library in TOKENIZER_LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(f"{library} {importlib.metadata.version(library)}".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def trial_of(name):
+    """Turn whatever another architecture raises when it is tried into one line."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"--model {name} cannot classify reviews: {type(error).__name__}: {error}") from error
+
+
+def find_padding_side(name, model, read_logits, dataset, use_attention_mask):
+    """Return the side on which padding leaves a model's predictions as they are: "right" where it can be.
+
+    `dataset(use_attention_mask=..., padding_side=...)` returns reviews, of which some are
+    classified alone and in one batch. Raises UserError if that fails, or if neither side will do
+    while the batches are padded to different lengths.
+    """
+    with trial_of(name):
+        with trial_copy(model) as trial:
+            read_logits(trial.train(), dataset().batch([0]))
+        for side in ("right", "left"):
+            if ignores_padding(model, read_logits, dataset(use_attention_mask=True, padding_side=side)):
+                return side
+        if not ignores_padding(model, read_logits, dataset(use_attention_mask=False)):
+            raise UserError(f"--model {name} cannot be used: its prediction for a review changes from one time to the "
+                            "next, or with the other reviews of the batch")
+    if use_attention_mask:
+        raise UserError(f"the predictions of --model {name} depend on how much padding a batch has; with "
+                        "--use_attention_mask false all batches have the same length")
+    return "right"
+
+
+def ignores_padding(model, read_logits, reviews):
+    """Whether a model's logits for reviews of different lengths are the same alone and in one batch."""
+    by_length = reviews.lengths.argsort(kind="stable")
+    sample = np.unique(by_length[np.linspace(0, len(by_length) - 1, SAMPLE, dtype=int)])
+    with trial_copy(model) as trial:
+        together = read_logits(trial.eval(), reviews.batch(sample))
+    with trial_copy(model) as trial:
+        alone = torch.cat([read_logits(trial.eval(), reviews.batch([index])) for index in sample])
+    return torch.allclose(alone, together, rtol=TOLERANCE, atol=TOLERANCE)

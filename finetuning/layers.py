@@ -1,7 +1,11 @@
 """Which layers learn: the output layer, the last transformer block, or everything."""
 
+import copy
+import random
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,7 +15,7 @@ from finetuning.errors import UserError
 class OutputLayers(NamedTuple):
     """The layers at a classifier's end, from last to first."""
 
-    head: nn.Module  # the output layer: hidden size -> classes
+    head: nn.Module  # the output layer, hidden size -> classes, with the classification head it may be a part of
     between: list[nn.Module]  # what stands between the last block and the head: final norm, pooler, ...
     last_block: nn.Module | None  # the last transformer block; None where it is not known
 
@@ -39,33 +43,65 @@ def count_parameters(model):
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-@torch.no_grad()
-def find_output_layers(model, num_blocks, num_labels, **inputs):
-    """Find an unknown model's OutputLayers by watching the order in which its layers run.
+@contextmanager
+def trial_copy(model):
+    """A copy of a model to try things with: it shares the parameters, and no gradients are computed.
 
-    `inputs` is any input the model accepts. The blocks are the list of `num_blocks` modules that
-    runs last, what runs after its last member stands between, and the last linear layer with
-    `num_labels` outputs is the head. Raises UserError if there is no such layer.
+    What a forward pass changes in a model's modules, in its configuration or in the random state
+    of this process leaves no trace.
     """
-    started = []
-    with_parameters = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-    handles = [module.register_forward_pre_hook(lambda module, _: started.append(module)) for module in with_parameters]
-    was_training = model.training
+    states = random.getstate(), np.random.get_state()
     try:
-        model.eval()(**inputs)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
-    heads = [m for m in started if isinstance(m, nn.Linear) and m.out_features == num_labels]
-    if not heads or heads[-1] is not started[-1]:
+
+def modules_in_order(model, **inputs):
+    """Return the modules with parameters of their own in the order in which they compute for these inputs."""
+    started = []
+    with trial_copy(model) as trial:
+        originals = dict(zip(trial.modules(), model.modules(), strict=True))
+        for module in originals:
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda module, _: started.append(originals[module]))
+        trial.eval()(**inputs)
+    return started
+
+
+def find_output_layer(model, order, num_labels):
+    """Return the path of an unknown model's output layer: the last of `modules_in_order`, with `num_labels` outputs.
+
+    Raises UserError if that is not a linear layer.
+    """
+    if not isinstance(order[-1], nn.Linear) or order[-1].out_features != num_labels:
         raise UserError("cannot find this model's output layer; is it a sequence classifier?")
-    last_run = {module: position for position, module in enumerate(started)}
+    return next(path for path, module in model.named_modules() if module is order[-1])
+
+
+def head_of(model, path):
+    """Return the head: the output layer at `path`, or the classification head of the model that it is a part of."""
+    part = model.get_submodule(path.partition(".")[0])
+    return model.get_submodule(path) if part is getattr(model, "base_model", None) else part
+
+
+def find_output_layers(model, order, num_blocks, num_labels):
+    """Find an unknown model's OutputLayers by the order in which its modules compute.
+
+    The blocks are the list of `num_blocks` modules that computes last; what computes between its
+    last member and the head stands between them. Raises UserError if there is no output layer.
+    """
+    head = head_of(model, find_output_layer(model, order, num_labels))
+    last_run = {module: position for position, module in enumerate(order)}
 
     def end_of(block):
         return max(last_run.get(part, -1) for part in block.modules())
     last_blocks = [m[-1] for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks]
     last_block = max(last_blocks, key=end_of, default=None)
-    between = started[end_of(last_block) + 1:-1] if last_block else []
-    return OutputLayers(started[-1], list(dict.fromkeys(between)), last_block)
+    if last_block and not any(last_block.children()):
+        last_block = None  # XLM keeps the attentions, norms and so on of all blocks in a list each
+    parts = set(head.modules())
+    between = [m for m in order[end_of(last_block) + 1:] if m not in parts] if last_block else []
+    return OutputLayers(head, list(dict.fromkeys(between)), last_block)

@@ -118,6 +118,28 @@ def other_run():
     return dict.fromkeys(checkpoint.STATE, {}) | {"identity": {"seed": 7}}
 
 
+def with_code(folder):
+    """A model whose architecture is in a file beside it, which would leave a folder if it ran."""
+    settings = {"model_type": "other", "auto_map": {
+        "AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}}
+    (folder / "model" / "config.json").write_text(json.dumps(settings))
+    (folder / "model" / "code.py").write_text("import os\nos.mkdir('exploded')\n")
+
+
+def adapter_alone(folder):
+    for path in (folder / "model").iterdir():
+        path.unlink()
+    (folder / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/bert"}')
+
+
+def tokenizer_without(*roles):
+    def prepare(folder):
+        path = folder / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items()
+                                    if key not in roles}))
+    return prepare
+
+
 NEXT = b"text,label\ngood,1\nbad,0\n"
 TABLE = [
     csv("no CSV", None, "cannot find data/train.csv; make the CSV files with: python download_prepare_dataset.py"),
@@ -188,6 +210,15 @@ TABLE = [
             lambda tensors, content: {name: tensor[:3].clone() for name, tensor in tensors.items()}),
     weights("weights of another model", "are missing or of another shape",
             lambda tensors, content: {f"gpt.{name}": tensor for name, tensor in tensors.items()}),
+    weights("a NaN", "the checkpoint of --model model is damaged: bert.encoder.layer.1.output.dense.bias holds NaN",
+            lambda tensors, content: tensors | {
+                "bert.encoder.layer.1.output.dense.bias": torch.tensor([float("nan")] + [0.0] * 15)}),
+    Bad("a model with code of its own", "cannot load --model model: it needs code of its own, which is never run here",
+        with_code),
+    Bad("an adapter beside the weights", "cannot load --model model: it holds an adapter (adapter_config.json)",
+        lambda folder: (folder / "model" / "adapter_config.json").write_text("{}")),
+    Bad("an adapter instead of weights", "it holds an adapter (adapter_config.json)", adapter_alone),
+    Bad("no token to pad with", "its tokenizer has neither a pad nor an eos token", tokenizer_without("pad_token")),
     Bad("a pickle that runs code", "cannot load --model model", bomb),
     Bad("a PyTorch file that runs code", "its weights are a pickle of more than tensors", zip_bomb),
     Bad("no tokenizer", "cannot load --model model: its tokenizer has no vocabulary", without_tokenizer),

@@ -146,3 +146,23 @@ def test_train_gpt_uses_it_for_the_last_layer_alone(tiny_gpt, data_dir, tmp_path
         train_gpt.main(command)
     assert calls == ["last_layer"]
     assert records.read_record(tmp_path / "last_layer")["parameters"]["trainable"] == 8 * 2 + 2
+
+
+def test_a_head_of_several_layers_trains_as_it_is():
+    """RoBERTa's head, which reads one vector of all that it is given, with no dropout that would forbid to cache."""
+    config = copy.deepcopy(TINY_CONFIGS["roberta"])
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    layers = train_bert_hf.output_layers("roberta", model)
+    set_trainable(model, "last_layer", layers)
+    dataset = encoder_dataset(reviews(50))
+    expected = losses(Classifier(copy.deepcopy(model), train_bert_hf.read_logits, CPU), None, dataset)
+    before = copy.deepcopy(model.state_dict())
+    settings = Namespace(trainable_layers="last_layer", num_epochs=3, eval_iter=2, batch_size=8)
+    classifier = Classifier(model, train_bert_hf.read_logits, CPU)
+    classifier, (data,) = compute_once(settings, classifier, layers.head, dataset)
+    assert is_fixed(classifier, data)
+    assert losses(classifier, layers.head, data) == pytest.approx(expected, abs=1e-6)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}

@@ -1,14 +1,24 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CONFIGS
-from transformers import AlbertConfig, AutoModelForSequenceClassification, ElectraConfig
+from conftest import SIZES, TINY_CONFIGS, tiny_tokenizer
+from transformers import (
+    AlbertConfig,
+    AutoModelForSequenceClassification,
+    BigBirdConfig,
+    ElectraConfig,
+    XLMConfig,
+    XLMRobertaConfig,
+)
 
 import train_bert_hf
 import train_gpt
 from finetuning.errors import UserError
 from finetuning.gpt_classifier import GPTClassifier
-from finetuning.layers import count_parameters, find_output_layers, set_trainable
+from finetuning.layers import count_parameters, find_output_layers, modules_in_order, set_trainable, trial_copy
 from previous_chapters import GPTModel
 
 MODES = ("all", "last_block", "last_layer")
@@ -46,8 +56,9 @@ def test_what_trains_in_each_encoder(name, mode):
     model = tiny_encoder(TINY_CONFIGS[name])
     set_trainable(model, mode, train_bert_hf.output_layers(name, model))
     encoder = train_bert_hf.MODELS[name]
-    expected = {"all": ("",), "last_block": (encoder.head, *encoder.between, f"{encoder.blocks}.1."),
-                "last_layer": (encoder.head,)}[mode]
+    head = {"roberta": "classifier."}.get(name, encoder.head)  # RoBERTa's dense layer, too, as published
+    expected = {"all": ("",), "last_block": (head, *encoder.between, f"{encoder.blocks}.1."),
+                "last_layer": (head,)}[mode]
     ids = torch.tensor([[2, 6, 9, 11, 3], [2, 8, 7, 12, 3]])
     check_gradients(model, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, expected)
 
@@ -65,7 +76,7 @@ def test_what_trains_in_gpt(mode):
 @pytest.mark.parametrize("name", train_bert_hf.MODELS)
 def test_the_table_of_models_names_what_a_search_finds(name):
     model = tiny_encoder(TINY_CONFIGS[name]).train()
-    found = find_output_layers(model, 2, 2, input_ids=torch.tensor([[2, 6, 3]]))
+    found = find_output_layers(model, modules_in_order(model, input_ids=torch.tensor([[2, 6, 3]])), 2, 2)
     listed = train_bert_hf.output_layers(name, model)
     assert found.head is listed.head
     assert found.last_block is listed.last_block
@@ -78,25 +89,60 @@ def test_a_model_that_is_not_in_the_table():
     config = ElectraConfig(vocab_size=20, hidden_size=16, embedding_size=16, num_hidden_layers=3, num_attention_heads=2,
                            intermediate_size=16, max_position_embeddings=16)
     model = tiny_encoder(config)
-    set_trainable(model, "last_block", train_bert_hf.output_layers("google/electra", model))
+    set_trainable(model, "last_block", train_bert_hf.output_layers("google/electra", model, tiny_tokenizer()))
     ids = torch.tensor([[2, 6, 9, 3], [2, 8, 7, 3]])
     check_gradients(model, model(input_ids=ids).logits, ("classifier.", "electra.encoder.layer.2."))
 
 
-def test_last_block_is_refused_where_there_is_no_telling_which_it_is():
-    config = AlbertConfig(vocab_size=20, hidden_size=16, embedding_size=16, num_hidden_layers=3, num_attention_heads=2,
-                          intermediate_size=16, max_position_embeddings=16)
-    model = tiny_encoder(config)  # one block, run three times
-    layers = train_bert_hf.output_layers("albert", model)
+@pytest.mark.parametrize("config", [
+    # One block, run three times.
+    AlbertConfig(vocab_size=20, hidden_size=16, embedding_size=16, num_hidden_layers=3, num_attention_heads=2,
+                 intermediate_size=16, max_position_embeddings=16),
+    # The attentions of all blocks in one list, their norms in another.
+    XLMConfig(vocab_size=20, emb_dim=16, n_layers=3, n_heads=2, max_position_embeddings=16)])
+def test_last_block_is_refused_where_there_is_no_telling_which_it_is(config):
+    model = tiny_encoder(config)
+    layers = train_bert_hf.output_layers("other", model, tiny_tokenizer())
     with pytest.raises(UserError, match="use --trainable_layers all or last_layer"):
         set_trainable(model, "last_block", layers)
     set_trainable(model, "last_layer", layers)
     assert count_parameters(model)[1] == 16 * 2 + 2
 
 
+def test_a_classification_head_trains_as_a_whole():
+    """Of an unknown model, too: its dense layer is as new as its output layer."""
+    model = tiny_encoder(XLMRobertaConfig(**SIZES, pad_token_id=1))
+    layers = train_bert_hf.output_layers("xlm-roberta", model, tiny_tokenizer(1))
+    set_trainable(model, "last_layer", layers)
+    assert count_parameters(model)[1] == (16 * 16 + 16) + (16 * 2 + 2)
+    assert layers.between == []
+
+
 def test_a_model_without_a_classifier_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     with pytest.raises(UserError, match="cannot find this model's output layer"):
-        find_output_layers(torch.nn.Sequential(torch.nn.Linear(4, 3)), 1, 2, input=torch.ones(1, 4))
+        find_output_layers(model, modules_in_order(model, input=torch.ones(1, 4)), 1, 2)
+
+
+def test_a_trial_leaves_no_trace():
+    """BigBird gives up its sparse attention for good after a short text, and seeds NumPy with each text."""
+    model = tiny_encoder(BigBirdConfig(**SIZES | {"max_position_embeddings": 2048}, attention_type="block_sparse",
+                                       block_size=2, num_random_blocks=1)).train()
+    before = str(model), str(model.config), {name: id(module) for name, module in model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
+    order = modules_in_order(model, input_ids=torch.tensor([[2, 6, 3]]))
+    with trial_copy(model) as trial:
+        trial.train()(input_ids=torch.tensor([[2, 6, 3] * 16]))
+        random.random()
+    assert order[-1] is model.classifier.out_proj
+    assert before == (str(model), str(model.config), {name: id(module) for name, module in model.named_modules()})
+    assert {module.attention_type for module in model.modules() if hasattr(module, "attention_type")} == {
+        "block_sparse"}
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (str(np.random.get_state()), random.getstate()) == states[1:]
 
 
 def test_parameters_are_counted_once():

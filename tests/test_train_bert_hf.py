@@ -1,9 +1,10 @@
 import re
 
+import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import TINY_CONFIGS, save_encoder, tiny_tokenizer
+from conftest import SIZES, TINY_CONFIGS, save_encoder, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from test_train_gpt import FINAL_LINES
 from transformers import AutoModelForSequenceClassification
@@ -13,6 +14,7 @@ from finetuning import records
 from finetuning.batches import IMDbDataset
 from finetuning.errors import UserError
 from finetuning.loop import Classifier, predict
+from finetuning.saved import read_settings
 from finetuning.tokens import flatten
 
 QUICK = ["--context_length", "24", "--precision", "fp32"]
@@ -60,10 +62,103 @@ def test_the_seed_decides_the_new_layers_and_the_checkpoint_the_others(tmp_path,
     stored = load_file(tmp_path / "model.safetensors")
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])
-        assert torch.equal(tensor, other[name]) == (not name.endswith("classifier.weight"))
+        assert torch.equal(tensor, other[name]) == (name not in {
+            "pre_classifier.weight", "classifier.weight", "classifier.bias"})
         if name in stored:
             assert torch.equal(tensor, stored[name])
     assert "New layers: classifier, pre_classifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", train_bert_hf.MODELS)
+def test_the_new_head_is_the_published_one(name, hub_snapshot):
+    """Every weight is that of the published code, which draws its random numbers in this order."""
+    hub_id = train_bert_hf.MODELS[name].hub_id
+    save_encoder(hub_snapshot(hub_id), TINY_CONFIGS[name])
+    torch.manual_seed(123)
+    published = AutoModelForSequenceClassification.from_pretrained(hub_id, num_labels=2)
+    if name == "roberta":
+        published.classifier.out_proj = torch.nn.Linear(published.config.hidden_size, 2)
+    elif name != "distilbert":
+        published.classifier = torch.nn.Linear(published.config.hidden_size, 2)
+    torch.manual_seed(5)  # which is of no account
+    model, _ = train_bert_hf.load_model(name, seed=123)
+    expected, found = published.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    assert all(module.p == published.get_submodule(path).p for path, module in model.named_modules()
+               if isinstance(module, torch.nn.Dropout))
+
+
+def test_the_head_and_the_habits_of_a_finished_classifier_are_not_kept(tmp_path, data_dir, capsys):
+    """One of several labels at once, label 0 the positive one, that returns tuples of all hidden states."""
+    config = transformers.BertConfig(**SIZES, id2label={0: "POSITIVE", 1: "NEGATIVE"}, return_dict=False,
+                                     problem_type="multi_label_classification", output_hidden_states=True)
+    save_encoder(tmp_path / "model", config, kind=AutoModelForSequenceClassification)
+    train_bert_hf.main(["--model", str(tmp_path / "model"), "--data_dir", str(data_dir), "--max_steps", "1",
+                        "--output_dir", str(tmp_path / "run"), "--save_model", *QUICK])
+    assert "New layers: classifier\n" in capsys.readouterr().err
+    saved = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "model")
+    assert (saved.problem_type, saved.num_labels) == ("single_label_classification", 2)
+    assert saved.id2label == {0: "negative", 1: "positive"}
+    model, _ = train_bert_hf.load_model(str(tmp_path / "model"), seed=123)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, stored[key])} == {
+        "classifier.weight", "classifier.bias"}
+    recorded = records.read_predictions(tmp_path / "run", records.read_record(tmp_path / "run"))["probability"]
+    classify = transformers.pipeline("text-classification", str(tmp_path / "run" / "model"), top_k=None)
+    text = pd.read_csv(data_dir / "test.csv")["text"][0]
+    assert {row["label"]: row["score"] for row in classify([text], truncation=True)[0]}["positive"] == pytest.approx(
+        recorded[0], abs=1e-6)
+
+
+def test_a_model_that_reads_the_last_token_is_padded_on_the_left(tmp_path, data_dir):
+    config = transformers.XLNetConfig(vocab_size=21, d_model=16, n_layer=2, n_head=2, d_inner=32, pad_token_id=0,
+                                      initializer_range=0.5)
+    save_encoder(tmp_path / "model", config, kind=transformers.AutoModelForCausalLM)
+    train_bert_hf.main(["--model", str(tmp_path / "model"), "--data_dir", str(data_dir), "--max_steps", "2",
+                        "--output_dir", str(tmp_path / "run"), "--save_model", *QUICK])
+    recorded = records.read_predictions(tmp_path / "run", records.read_record(tmp_path / "run"))["probability"]
+    folder, settings = read_settings(tmp_path / "run")
+    assert settings["padding_side"] == "left"
+    model, read_logits, dataset = train_bert_hf.load_saved(folder, settings)
+    classifier = Classifier(model, read_logits, torch.device("cpu"))
+    texts = pd.read_csv(data_dir / "test.csv")["text"].tolist()
+    for found in (predict(dataset(texts), classifier),
+                  torch.cat([predict(dataset([text]), classifier) for text in texts])):
+        assert found.softmax(dim=-1)[:, 1].tolist() == pytest.approx(recorded.tolist(), abs=1e-5)
+    assert recorded.std() > 1e-3
+    assert transformers.AutoTokenizer.from_pretrained(folder).padding_side == "left"
+
+
+def test_a_model_that_reads_the_padding_is_refused_but_without_a_mask(tmp_path, data_dir, failing):
+    save_encoder(tmp_path / "model", transformers.FNetConfig(**SIZES, initializer_range=0.5))
+    command = ["--model", tmp_path / "model", "--data_dir", data_dir, "--max_steps", "1", "--output_dir",
+               tmp_path / "run", *QUICK]
+    with pytest.raises(UserError, match="depend on how much padding a batch has; with --use_attention_mask false"):
+        train_bert_hf.main([str(argument) for argument in command])
+    assert not (tmp_path / "run").exists()
+    train_bert_hf.main([str(argument) for argument in [*command, "--use_attention_mask", "false"]])
+
+
+def test_a_model_that_does_not_compute_in_bf16(tmp_path, data_dir):
+    save_encoder(tmp_path / "model", transformers.DebertaConfig(
+        **SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"]))
+    command = ["--model", str(tmp_path / "model"), "--data_dir", str(data_dir), "--max_steps", "1", "--output_dir",
+               str(tmp_path / "run"), "--context_length", "24", "--precision"]
+    with pytest.raises(UserError, match="does not compute in bf16 .*; use --precision fp32"):
+        train_bert_hf.main([*command, "bf16"])
+    train_bert_hf.main([*command, "fp32"])
+
+
+def test_embeddings_of_a_class_of_their_own(tmp_path):
+    save_encoder(tmp_path, transformers.IBertConfig(**SIZES, pad_token_id=1))
+    model, _ = train_bert_hf.load_model(str(tmp_path), seed=123)
+    assert not isinstance(model.get_input_embeddings(), torch.nn.Embedding)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["ibert.embeddings.word_embeddings.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="ibert.embeddings.word_embeddings.weight, are missing"):
+        train_bert_hf.load_model(str(tmp_path), seed=123)
 
 
 def test_a_head_of_another_size_is_replaced(tmp_path):
