@@ -102,7 +102,7 @@ def run_baselines(args, name, folder):
     sets = [train_set, *((vectorizer.transform(frame["text"]), frame["label"]) for frame in (validation, test))]
     print("Dummy classifier:")
     eval_model(dummy, *sets)
-    print(f"\n{features.title}")
+    print(f"\n\n{features.title}")
     accuracies = eval_model(model, *sets)
     finished = time.perf_counter()
 

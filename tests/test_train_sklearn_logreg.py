@@ -16,7 +16,7 @@ def test_the_published_format_and_the_record(features, data_dir, tmp_path, capsy
                                "--features", features])
     lines = capsys.readouterr().out.splitlines()
     accuracies = [r"Training Accuracy: \d+\.\d\d%", r"Validation Accuracy: \d+\.\d\d%", r"Test Accuracy: \d+\.\d\d%"]
-    for line, pattern in zip(lines, ["Dummy classifier:", *accuracies, "",
+    for line, pattern in zip(lines, ["Dummy classifier:", *accuracies, "", "",
                                      train_sklearn_logreg.FEATURES[features].title, *accuracies], strict=True):
         assert re.fullmatch(pattern, line), line
     # The dummy says what most training reviews are.
