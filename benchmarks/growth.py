@@ -108,11 +108,11 @@ def measure_step(args, length):
     settings = train_gpt.parse_args(["--weights", "random", "--trainable_layers", "all"])
     keep_freed_memory()  # as a training run does
     model = train_gpt.instantiate_model(settings.model_size, settings.weights)
-    head = train_gpt.replace_head(model, settings.seed).head
+    train_gpt.replace_head(model, settings.seed)
     device = select_device(args.device)
     precision, _ = select_precision(args.precision, device)
     classifier = Classifier(GPTClassifier(model).to(device).train(), train_gpt.read_last, device, precision)
-    optimizer = build_optimizer("adamw", model, head, settings.learning_rate)
+    optimizer = build_optimizer("adamw", model, settings.learning_rate)
     ids = torch.randint(50_257, (BATCH_SIZE * length,)).numpy()
     lengths = torch.full((BATCH_SIZE,), length).numpy()
     batch = IMDbDataset(Tokens(ids, lengths, lengths % 2), pad_token_id=0).batch(range(BATCH_SIZE))

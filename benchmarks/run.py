@@ -171,7 +171,7 @@ def measure_project(args, script, settings):
     elif sample.sample is not None:  # what log lines evaluate is kept in a form that is quicker to evaluate
         seconds["log_once"] = 2 * (time.perf_counter() - started)  # of the training and of the validation set
         seconds["log_review"] = timed(predict, sample.sample, classifier) / len(sample.sample)
-    optimizer = build_optimizer("adamw", classifier.model, head, settings.learning_rate)
+    optimizer = build_optimizer("adamw", classifier.model, settings.learning_rate)
     clock = []
     train_classifier_simple(classifier, optimizer, sample, sample.first(1), num_epochs=args.steps, batch_size=8,
                             max_steps=args.steps + 1, eval_freq=10**9, eval_iter=1,

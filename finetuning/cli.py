@@ -137,7 +137,9 @@ def add_training_arguments(parser, *, learning_rate):
     group.add_argument("--batch_size", type=positive_int, default=8, metavar="N", help="reviews per update")
     group.add_argument("--learning_rate", type=positive_float, default=learning_rate, metavar="X", help="constant")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
-                       help="muon: Muon for the hidden matrices, AdamW for the rest")
+                       help="muon: Muon for matrices other than embeddings, AdamW for the rest")
+    group.add_argument("--muon_learning_rate", type=positive_float, default=1e-4, metavar="X",
+                       help="constant, of Muon; AdamW keeps --learning_rate")
     group.add_argument("--group_by_length", action="store_true",
                        help="batches of similar length: less padding, other batches than published")
     log = parser.add_argument_group("log")

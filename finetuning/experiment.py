@@ -67,6 +67,8 @@ def run_experiment(args, name, build):
 
 def prepare(args, folder):
     """The run's Setting; raises UserError for all that can be seen to be wrong without a model."""
+    if args.optimizer != "muon" and "--muon_learning_rate" in args.command:  # also where it gives the default
+        raise UserError(f"--muon_learning_rate needs --optimizer muon; this run uses {args.optimizer}")
     check_batches(args, check_dataset(args.data_dir))
     facts = records.facts(args)
     records.check_replaceable(folder, facts)
@@ -91,7 +93,7 @@ def fine_tune(args, name, setting, model, head, read_logits, save, train, valida
     started = time.perf_counter()
     classifier, (train, validation, test) = compute_once(args, classifier, head, train, validation, test)
     torch.manual_seed(args.seed)
-    optimizer = build_optimizer(args.optimizer, classifier.model, head, args.learning_rate)
+    optimizer = build_optimizer(args.optimizer, classifier.model, args.learning_rate, args.muon_learning_rate)
     progress = restore(checkpoint, classifier, optimizer) if checkpoint else Progress()
     distributed.seed_apart(args.seed, progress.step)
     progress.seconds += time.perf_counter() - started

@@ -18,7 +18,7 @@ from finetuning.optimizers import build_optimizer
 
 def losses(classifier, head, dataset):
     torch.manual_seed(123)
-    optimizer = build_optimizer("adamw", classifier.model, head, learning_rate=1e-2)
+    optimizer = build_optimizer("adamw", classifier.model, learning_rate=1e-2)
     progress = train_classifier_simple(classifier, optimizer, dataset, dataset, num_epochs=3, batch_size=8)
     return [float(loss) for loss in progress.losses]
 
@@ -101,7 +101,7 @@ def test_in_one_epoch_the_log_lines_come_from_hidden_states(read_logits, monkeyp
         assert train.first(16).token_ids.ndim == (2 if trainable == "last_block" else 1)
         assert train.first(17).token_ids.ndim == test.first(16).token_ids.ndim == 1
         torch.manual_seed(123)
-        optimizer = build_optimizer("adamw", model, layers.head, learning_rate=1e-2)
+        optimizer = build_optimizer("adamw", model, learning_rate=1e-2)
         progress = train_classifier_simple(classifier, optimizer, train, validation, num_epochs=1, batch_size=8,
                                            eval_freq=1, eval_iter=2)
         curves.append([point["validation_loss"] for point in progress.curve])

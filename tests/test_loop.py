@@ -60,7 +60,7 @@ def train(model, head, read_logits, dataset, validation=None, seed=123, **settin
     """The project's own loop with the published settings; returns its Progress."""
     classifier = Classifier(model, read_logits, CPU)
     torch.manual_seed(seed)
-    optimizer = build_optimizer("adamw", model, head, learning_rate=1e-3)
+    optimizer = build_optimizer("adamw", model, learning_rate=1e-3)
     settings = {"num_epochs": 2, "batch_size": 8} | settings
     return train_classifier_simple(classifier, optimizer, dataset, validation or dataset, **settings)
 
@@ -201,7 +201,7 @@ def test_evaluation_covers_every_review_whatever_the_batches(monkeypatch):
 def test_max_steps_is_exact(max_steps, updates, epochs):
     model, layers = gpt()
     classifier = Classifier(model, train_gpt.read_last, CPU)
-    optimizer = build_optimizer("adamw", model, layers.head, 1e-3)
+    optimizer = build_optimizer("adamw", model, 1e-3)
     calls = []
     step = optimizer.step
     optimizer.step = lambda: (calls.append(1), step())
