@@ -8,11 +8,13 @@ from finetuning.console import accuracy_lines, end_of_training, epoch_line, step
 from finetuning.errors import UserError
 from finetuning.files import written_whole
 from finetuning.records import RECORD, read_predictions, read_record
+from finetuning.reviews import SPLITS
 from finetuning.uncertainty import Z_95, answers, compare, wilson_interval
 
 # Reviews of each split, by the folder of its CSV files: numbers of other data do not enter a table.
 REVIEWS = {".": {"train": 35_000, "validation": 5_000, "test": 10_000},
            "official": {"train": 20_000, "validation": 5_000, "test": 25_000}}
+PUBLISHED_STEPS = (0, 50, 4300, 4350)  # whose log lines were published, of 4,375 steps in one epoch
 
 WORDS = {
     "en": {
@@ -95,40 +97,48 @@ def splits_table(experiments, results, language="en"):
 
 
 def logs(experiments, results, language="en"):
-    """The abridged console log of each experiment, folded up: of its first record, else as published."""
+    """The abridged console logs of each experiment, folded up: as published, and of its first record."""
     words = WORDS[language]
     found = []
     for row in experiments:
-        records = recorded(row, results)
-        if records:
-            log, kind = recorded_log(next(iter(records.values()))), words["measured"]
-        elif row.log:
-            log, kind = published_log(row), words["published"]
-        else:
-            continue
-        title = words["log"].format(row.number, row.title, kind)
-        found.append(f"<details><summary>{title}</summary>\n\n```\n{log}\n```\n\n</details>")
+        kinds = {words["published"]: published_log(row)} if row.log else {}
+        if records := recorded(row, results):
+            kinds[words["measured"]] = recorded_log(next(iter(records.values())))
+        for kind, log in kinds.items():
+            title = words["log"].format(row.number, row.title, kind)
+            found.append(f"<details><summary>{title}</summary>\n\n```\n{log}\n```\n\n</details>")
     return "\n".join(found)
 
 
 def recorded_log(record):
-    """What a run printed on standard output, abridged."""
+    """What a run printed on standard output: of its step lines, the first and the last two."""
     if record["precision"] is None:  # scikit-learn, behind the dummy classifier
         return f"...\n{accuracy_lines(record['accuracy'], 'Accuracy')}"
     steps_per_epoch = record["reviews"]["train"] // record["arguments"]["batch_size"]
     lines = [step_line(point["step"] // steps_per_epoch + 1, point) for point in record["curve"]]
-    return "\n".join([*lines[:2], "...", *lines[2:][-1:], *map(epoch_line, record["epochs"][-1:]),
+    if len(lines) > 4:
+        lines[2:-2] = ["..."]
+    return "\n".join([*lines, *map(epoch_line, record["epochs"][-1:]),
                       end_of_training(record["seconds"]["training"]), accuracy_lines(record["accuracy"])])
 
 
 def published_log(row):
-    """The end of an experiment's published log."""
+    """An experiment's published log, "..." where lines of it are not known."""
     log = row.log
-    shares = {"train": log.train / 100, "validation": log.validation / 100, "test": row.published / 100}
-    if not log.minutes:
-        return f"...\n{accuracy_lines(shares)}"
+    accuracies = by_split(log.train, log.validation, row.published)
+    if log.dummy:
+        return (f"Dummy classifier:\n{accuracy_lines(by_split(*log.dummy), 'Accuracy')}\n\n\n"
+                f"Logistic regression classifier:\n{accuracy_lines(accuracies, 'Accuracy')}")
+    lines = [step_line(1, {"step": step, "train_loss": train, "validation_loss": validation})
+             for step, (train, validation) in zip(PUBLISHED_STEPS, log.losses, strict=False)]
     sample = dict(zip(("train_accuracy", "validation_accuracy"), (share / 100 for share in log.sample), strict=True))
-    return "\n".join(["...", epoch_line(sample), end_of_training(60 * log.minutes), accuracy_lines(shares)])
+    return "\n".join([*lines[:2], "...", *lines[2:], epoch_line(sample), end_of_training(60 * log.minutes),
+                      accuracy_lines(accuracies)])
+
+
+def by_split(*percent):
+    """Accuracies in percent as shares, by split."""
+    return {split: value / 100 for split, value in zip(SPLITS, percent, strict=True)}
 
 
 def times_table(experiments, results, benchmarks, language="en"):

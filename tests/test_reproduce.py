@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -258,21 +259,86 @@ def test_a_measured_log_is_the_one_the_run_printed(tmp_path, tiny_gpt, data_dir,
     printed = capsys.readouterr().out.splitlines()
     assert len([line for line in printed if line.startswith("Ep ")]) == 12  # 48 reviews / 8, twice
     log = report.recorded_log(read_record(folder)).splitlines()
-    # The first two lines, the last one, and all from the last epoch's accuracies on.
-    assert log == [*printed[:2], "...", printed[-9], *printed[-8:]]
-    assert log[3].startswith("Ep 2 (Step 000011)")
+    # The first and the last two step lines, and all from the last epoch's accuracies on.
+    assert log == [*printed[:2], "...", *printed[-10:-8], *printed[-8:]]
+    assert (log[3][:18], log[4][:18]) == ("Ep 2 (Step 000010)", "Ep 2 (Step 000011)")
 
 
-def test_a_published_log_is_shown_where_nothing_was_measured(tmp_path):
+def test_a_measured_log_of_few_lines_is_shown_whole(tmp_path):
+    curve = [{"step": step, "train_loss": 0.9, "validation_loss": 0.95} for step in (0, 2, 4)]
+    write_example(tmp_path / "run", curve=curve, epochs=[{"step": 6, "train_accuracy": 1, "validation_accuracy": 1}],
+                  precision={"used": "fp32", "why": ""}, arguments={"batch_size": 1}, reviews=dict.fromkeys(
+                      ("train", "validation", "test"), 4))
+    log = report.recorded_log(read_record(tmp_path / "run")).splitlines()
+    assert log[:4] == ["Ep 1 (Step 000000): Train loss 0.900, Val loss 0.950",
+                       "Ep 1 (Step 000002): Train loss 0.900, Val loss 0.950",
+                       "Ep 2 (Step 000004): Train loss 0.900, Val loss 0.950",
+                       "Training accuracy: 100.00% | Validation accuracy: 100.00%"]
+
+
+ROW_1 = """
+Ep 1 (Step 000000): Train loss 3.706, Val loss 3.853
+Ep 1 (Step 000050): Train loss 0.682, Val loss 0.706
+...
+Ep 1 (Step 004300): Train loss 0.199, Val loss 0.285
+Ep 1 (Step 004350): Train loss 0.188, Val loss 0.208
+Training accuracy: 95.62% | Validation accuracy: 95.00%
+Training completed in 9.48 minutes.
+
+Evaluating on the full datasets ...
+
+Training accuracy: 95.64%
+Validation accuracy: 92.32%
+Test accuracy: 91.88%
+"""
+ROW_8 = """
+Dummy classifier:
+Training Accuracy: 50.01%
+Validation Accuracy: 50.14%
+Test Accuracy: 49.91%
+
+
+Logistic regression classifier:
+Training Accuracy: 99.80%
+Validation Accuracy: 88.62%
+Test Accuracy: 88.85%
+"""
+# Losses of the four published step lines of each row, then the accuracies after the epoch.
+PUBLISHED = {
+    1: "3.706 3.853 0.682 0.706 0.199 0.285 0.188 0.208 95.62 95.00",
+    2: "0.848 0.775 0.655 0.682 0.146 0.318 0.204 0.217 92.50 88.75",
+    3: "0.693 0.688 0.452 0.460 0.179 0.272 0.199 0.182 95.62 91.25",
+    4: "0.695 0.698 0.670 0.690 0.083 0.098 0.170 0.086 92.50 94.38",  # the last two lines are published under row 5
+    5: "0.689 0.694 0.673 0.683 0.126 0.149 0.211 0.138 98.12 96.88",
+    6: "0.699 0.698 0.564 0.606 0.086 0.168 0.160 0.131 95.62 93.75",
+    7: "0.666 0.662 0.548 0.556 0.083 0.115 0.154 0.116 96.88 95.62",
+    11: "98.12 91.88",
+}
+
+
+def test_published_logs_are_shown_in_full():
+    rows = {row.number: row for row in reproduce.PUBLISHED_SPLIT if row.log}
+    assert report.published_log(rows[1]) == ROW_1.strip()
+    assert report.published_log(rows[8]) == ROW_8.strip()
+    assert rows.keys() == {*PUBLISHED, 8}
+    for number, expected in PUBLISHED.items():
+        log = report.published_log(rows[number])
+        assert " ".join(re.findall(r"\d+\.\d+", log)).startswith(expected)
+        assert f"Test accuracy: {rows[number].published:.2f}%" in log
+    assert "Training completed in 23.01 minutes" in report.published_log(rows[11])
+
+
+def test_a_published_log_is_shown_and_a_measured_one_below_it(tmp_path):
     row = ROW._replace(log=PublishedLog((95.62, 95.0), 9.48, 95.64, 92.32), published=91.88)
     text = report.logs([row], tmp_path)
     assert text.startswith("<details><summary>Row 8, Counts: as published</summary>")
-    assert ("...\nTraining accuracy: 95.62% | Validation accuracy: 95.00%\nTraining completed in 9.48 minutes.\n\n"
-            "Evaluating on the full datasets ...\n\nTraining accuracy: 95.64%\nValidation accuracy: 92.32%\n"
-            "Test accuracy: 91.88%\n") in text
+    assert ("```\n...\nTraining accuracy: 95.62% | Validation accuracy: 95.00%\n"
+            "Training completed in 9.48 minutes.\n") in text
     assert report.logs([row._replace(log=None)], tmp_path) == ""
     write_example(tmp_path / "results" / "logreg-counts-seed1", reviews=report.REVIEWS["."])
-    assert "measured here" in report.logs([row], tmp_path / "results")
+    both = report.logs([row], tmp_path / "results")
+    assert both.startswith(text)
+    assert "<summary>Row 8, Counts: measured here</summary>" in both
 
 
 def test_times_are_those_of_the_record_or_put_together_from_parts(tmp_path):
