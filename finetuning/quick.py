@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # of what is computed here
 QUICK_DTYPE = torch.bfloat16  # in which attention without dropout gains by being done here
 # PyTorch's compiler lays out weights with these operators, which are not public; not every build has them.
 CAN_PACK = torch.backends.mkldnn.is_available() and all(
@@ -127,8 +128,19 @@ class quick_cpu(TorchFunctionMode):  # noqa: N801, a context like torch.no_grad
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         replace = REPLACED.get(function)
-        result = replace(*args, **kwargs) if replace else None
+        result = replace(*args, **kwargs) if replace and not is_checkpointed() else None
         return function(*args, **kwargs) if result is None else result
+
+
+def is_checkpointed():
+    """Return whether this may be gradient checkpointing, which computes the same again during the backward pass.
+
+    That is outside of `quick_cpu`, where other elements would be dropped than in the forward pass.
+    `torch.utils.checkpoint` runs the forward pass without gradients, or with hooks on saved tensors.
+    """
+    return (torch._C._current_graph_task_id() != -1  # in a backward pass
+            or not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
 
 
 class packed_weights(TorchFunctionMode):  # noqa: N801
@@ -143,20 +155,24 @@ class packed_weights(TorchFunctionMode):  # noqa: N801
         self.packed = {}  # by the weight's id; the weight goes with it, so that no other one gets that id
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if (function is not F.linear or kwargs or args[0].device.type != "cpu" or not args[1].requires_grad
-                or torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu")
+        if (function is not F.linear or kwargs or torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu")
                 or torch.get_autocast_dtype("cpu") != torch.bfloat16 or not CAN_PACK):
             return function(*args, **(kwargs or {}))
         x, weight, bias = args if len(args) == 3 else (*args, None)
+        if (not weight.requires_grad or weight.dim() != 2 or x.dim() < 2 or not x.numel()
+                or any(tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16)
+                       for tensor in (x, weight, bias) if tensor is not None)):
+            return function(*args)
         if id(weight) not in self.packed:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), x.shape[:-1].numel())
-            self.packed[id(weight)] = weight, packed, None if bias is None else bias.bfloat16()
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *self.packed[id(weight)][1:], "none", [], "")
+            self.packed[id(weight)] = weight, packed
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed[id(weight)][1],
+                                                  None if bias is None else bias.bfloat16(), "none", [], "")
 
 
 def dropout(input, p=0.5, training=True, inplace=False):
     """As `torch.nn.functional.dropout`; None where PyTorch's own should do it."""
-    if not training or not 0 < p < 1 or inplace or input.device.type != "cpu":
+    if not training or not 0 < p < 1 or inplace or input.device.type != "cpu" or input.dtype not in DTYPES:
         return None
     return Dropout.apply(input, p)
 
@@ -176,21 +192,34 @@ def what_is_seen(mask, key):
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """As `torch.nn.functional.scaled_dot_product_attention`; None where PyTorch's own should do it."""
-    if not 0 <= dropout_p < 1 or enable_gqa or query.dim() != 4 or query.device.type != "cpu":
+    tensors = query, key, value
+    if (not 0 <= dropout_p < 1 or enable_gqa or (is_causal and attn_mask is not None)
+            or any(tensor.device.type != "cpu" or tensor.dim() != 4 for tensor in tensors)):
         return None
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
-    tokens = query.shape[2]
-    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if not dropout_p and not (learning and query.dtype == QUICK_DTYPE and 1 < tokens == key.shape[2] <= LONGEST):
+    if torch.is_autocast_enabled("cpu"):  # which leaves float64 as it is
+        query, key, value = tensors = [tensor if tensor.dtype == torch.float64 else
+                                       tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
+    batch, heads, tokens, width = query.shape
+    keys = key.shape[2]
+    if (key.shape != (batch, heads, keys, width) or value.shape != key.shape or not query.numel() or not keys
+            or query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in tensors)):
+        return None
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not dropout_p and not (learning and query.dtype == QUICK_DTYPE and 1 < tokens == keys <= LONGEST):
         return None
     if is_causal:
-        attn_mask = torch.ones(1, 1, tokens, key.shape[2], dtype=torch.bool).tril()
-    elif attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.dtype != torch.bool
-                                    or not attn_mask.any(dim=-1).all()):
+        attn_mask = torch.ones(1, 1, tokens, keys, dtype=torch.bool).tril()
+    elif attn_mask is not None and not is_known_mask(attn_mask, query, keys):
         return None
     with torch.autocast("cpu", enabled=False):  # it would round the scores
-        return Attention.apply(query, key, value, attn_mask, dropout_p, scale or query.shape[-1] ** -0.5)
+        return Attention.apply(query, key, value, attn_mask, dropout_p, width ** -0.5 if scale is None else scale)
+
+
+def is_known_mask(mask, query, keys):
+    """Return whether a mask tells for every key whether it may be looked at, and lets each query see one."""
+    return (mask.dim() == 4 and mask.dtype == torch.bool and mask.device.type == "cpu" and mask.shape[3] == keys
+            and all(size in (1, wanted) for size, wanted in zip(mask.shape[:3], query.shape[:3], strict=True))
+            and bool(mask.any(dim=-1).all()))
 
 
 def gelu(input, approximate="none"):

@@ -1,8 +1,14 @@
+import random
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIGS, reviews
 from test_loop import CPU, encoder_dataset
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 
 import train_bert_hf
@@ -169,6 +175,120 @@ def test_layers_that_learn_keep_their_weights_as_they_are():
     with torch.autocast("cpu", dtype=torch.bfloat16), quick.packed_weights():
         layer(torch.ones(3, 4)).sum().backward()
     assert layer.weight.grad.tolist() == [[3.0] * 4] * 2
+
+
+def attention_calls(count):
+    """Yield arguments of attention as models, and mistakes, make them: (tensors, keyword arguments)."""
+    draw = random.Random(0)
+    for _ in range(count):
+        batch, heads, queries, keys, width = (draw.choice(sizes) for sizes in ((1, 2), (1, 3), (1, 2, 5), (1, 2, 5),
+                                                                               (1, 4)))
+        if draw.random() < 0.5:
+            keys = queries
+        dtype = draw.choice([torch.float32, torch.float64, torch.bfloat16])
+        tensors = [torch.randn(batch, heads, tokens, width, dtype=dtype) for tokens in (queries, keys, keys)]
+        oddity = draw.randrange(12)  # mostly none
+        if oddity == 0:
+            tensors[2] = torch.randn(batch, heads, keys, 3, dtype=dtype)
+        elif oddity == 1:
+            tensors[draw.randrange(3)] = torch.randn(1, heads, draw.choice([queries, keys]), width, dtype=dtype)
+        elif oddity == 2:
+            tensors[draw.randrange(3)] = torch.randn(batch, 1, draw.choice([queries, keys]), width, dtype=dtype)
+        elif oddity == 3:
+            tensors = [tensor[0] for tensor in tensors]
+        elif oddity == 4:
+            tensors[draw.randrange(3)] = torch.randn(batch, heads, keys, width, dtype=torch.float64)
+        mask = None
+        if draw.random() < 0.7:
+            shape = [draw.choice([1, size]) for size in (batch, heads, queries, keys)][draw.choice([0, 0, 0, 1, 2]):]
+            mask = torch.rand(shape) < 0.7
+            if draw.random() < 0.7:
+                mask[..., 0] = True  # no query without a key
+            if draw.random() < 0.2:
+                mask = mask.to(dtype)
+        yield tensors, {"attn_mask": mask, "dropout_p": draw.choice([1e-9, 1e-9, 0.0]),  # which drops nothing
+                        "is_causal": draw.random() < (0.05 if mask is not None else 0.4),
+                        "scale": draw.choice([None, None, 0.0, 0.5, -2.0])}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_is_pytorch_s_whatever_it_is_given(autocast, monkeypatch):
+    """The same output and gradients, or the same refusal; and it is not all left to PyTorch.
+
+    What is computed here is compared with PyTorch's plain kernel: the fused one answers a causal
+    mask with NaN where the scale is not above 0.
+    """
+    torch.manual_seed(0)
+    monkeypatch.setattr(quick, "QUICK_DTYPE", torch.bfloat16 if autocast else torch.float32)
+    done = Counter()
+    for tensors, arguments in attention_calls(600):
+        found, name = [], ""
+        for _ in range(2):
+            mode = (quick_cpu() if not name else
+                    sdpa_kernel(SDPBackend.MATH) if name == "AttentionBackward" else nullcontext())
+            inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+            try:
+                with mode, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    output = F.scaled_dot_product_attention(*inputs, **arguments)
+                    name = output.grad_fn.name()
+                    found.append([output, *torch.autograd.grad(output.double().sin().sum(), inputs)])
+            except RuntimeError as error:
+                name = "refused"
+                found.append(type(error))
+            done[name] += 1
+        described = [tuple(tensor.shape) for tensor in tensors], tensors[0].dtype, arguments
+        if isinstance(found[1], type):
+            assert found[0] == found[1], described
+            continue
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype, described
+            exact = torch.bfloat16 not in (a.dtype, tensors[0].dtype) and not autocast
+            torch.testing.assert_close(a.double(), b.double(), atol=1e-5 if exact else 0.1, rtol=1e-5 if exact else 0.1,
+                                       equal_nan=True, msg=lambda message, case=described: f"{case}: {message}")
+    assert done["AttentionBackward"] > 100
+    assert done["refused"] > 20
+
+
+def test_float64_never_becomes_bf16():
+    """Autocast leaves it as it is."""
+    x, layer = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True), torch.nn.Linear(4, 4).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16), quick_cpu():
+        assert F.scaled_dot_product_attention(x, x, x, dropout_p=0.1).dtype == torch.float64
+        assert F.dropout(x, 0.1).dtype == F.gelu(x, approximate="tanh").dtype == torch.float64
+    expected = layer(x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), quick.packed_weights():
+        assert torch.equal(layer(x), expected)
+        assert F.linear(x[0, 0], layer.weight[0]).dtype == torch.float64
+
+
+def test_one_weight_with_two_biases_and_inputs_of_any_number_of_dimensions():
+    weight, x = torch.nn.Parameter(torch.ones(2, 4)), torch.ones(3, 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), quick.packed_weights():
+        assert F.linear(x, weight, torch.tensor([1.0, 2.0])).tolist() == [[5, 6]] * 3
+        assert F.linear(x, weight).tolist() == [[4, 4]] * 3
+        assert F.linear(x[0], weight, torch.tensor([3.0, 4.0])).tolist() == [7, 8]
+        assert F.linear(x[:0], weight).shape == (0, 2)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: F.dropout(x, 0.5),
+    lambda x: F.scaled_dot_product_attention(x, x, torch.eye(8).expand_as(x), dropout_p=0.5).square()])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backward_within", [True, False])
+def test_under_gradient_checkpointing_dropout_repeats(function, reentrant, backward_within):
+    """The gradients are those of the same random numbers without checkpointing."""
+    results = []
+    for checkpointed in (True, False):
+        torch.manual_seed(0)
+        x = torch.arange(64.0).view(1, 1, 8, 8).requires_grad_()
+        with quick_cpu() if checkpointed else nullcontext():
+            y = checkpoint(function, x, use_reentrant=reentrant) if checkpointed else function(x)
+            if backward_within:
+                y.sum().backward()
+        if not backward_within:
+            y.sum().backward()
+        results.append((y, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("arguments", [
