@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
@@ -19,14 +20,15 @@ from finetuning.cli import ArgumentParser, run, user_path
 from finetuning.download import Download, download, md5
 from finetuning.errors import UserError
 from finetuning.files import held, written_whole
+from finetuning.filetypes import EMPTY, TAR, ZEROS, file_kind, first_line, folder_kind
 from finetuning.reviews import csv_paths
 
 # The published order; the shuffle starts from it.
 FOLDERS = ("test/pos", "test/neg", "train/pos", "train/neg")
 LABELS = {"pos": 1, "neg": 0}
 REVIEWS_PER_FOLDER = 12_500
-# A review's place in the archive. Everything else in there is ignored.
-REVIEW_NAME = re.compile(r"(?:\./)?aclImdb/((?:test|train)/(?:pos|neg))/(\d+_\d+\.txt)")
+# A review's place in the archive: root folder, one of FOLDERS, file name. Everything else in there is ignored.
+REVIEW_NAME = re.compile(r"(?:\./)*((?:(?!\.\.?/|__MACOSX/)[^/]+/)*)((?:test|train)/(?:pos|neg))/(\d+_\d+\.txt)")
 # The longest review has 13,704 characters; what claims to be far larger is not a review.
 MAX_REVIEW_BYTES = 1_000_000
 OFFICIAL = Download("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
@@ -47,7 +49,7 @@ def main(argv=None):
 def parse_args(argv=None):
     parser = ArgumentParser(description="Download the IMDb movie reviews and write train.csv, validation.csv, test.csv")
     parser.add_argument("--archive", type=user_path, metavar="PATH_OR_URL", default=OFFICIAL.url,
-                        help="archive (file or URL) or an extracted aclImdb folder")
+                        help="archive (file or URL) or an extracted folder")
     parser.add_argument("--data_dir", type=user_path, default=".", help="folder to write the CSV files to")
     parser.add_argument("--split", choices=list(PARTITIONS), default="random",
                         help="random: 35,000/5,000/10,000 as published; "
@@ -58,7 +60,7 @@ def parse_args(argv=None):
 def fetch_archive(archive, data_dir):
     """Return the local path of `archive`, downloading it into `data_dir` where it is a URL."""
     if not archive.startswith(("http://", "https://")):
-        if not os.path.exists(archive):
+        if not os.path.isfile(archive) and not os.path.isdir(archive):
             raise UserError(f"no archive or folder at {archive}")
         return Path(archive)
     wanted = OFFICIAL if archive == OFFICIAL.url else Download(archive)
@@ -81,7 +83,7 @@ def load_dataset_to_dataframe(source):
     lacking = [f"{folder} holds {len(reviews[folder]):,} of {REVIEWS_PER_FOLDER:,} reviews"
                for folder in FOLDERS if len(reviews[folder]) != REVIEWS_PER_FOLDER]
     if lacking:
-        raise UserError(f"{source} is not the whole dataset: {', '.join(lacking)}; delete it and download it again")
+        raise UserError(f"{source} is not the whole dataset: {', '.join(lacking)}; download or extract it again")
     # Each review's bytes are let go as its text comes, so that memory holds the dataset once.
     rows = [(decode(reviews[folder].pop(name), f"{folder}/{name}"), LABELS[Path(folder).name], Path(folder).parent.name)
             for folder in FOLDERS for name in sorted(reviews[folder])]
@@ -90,36 +92,85 @@ def load_dataset_to_dataframe(source):
 
 def read_archive(path):
     """Read the reviews out of a tar archive in one pass: {folder: {file name: bytes}}."""
-    reviews = {folder: {} for folder in FOLDERS}
+    roots, names = defaultdict(lambda: defaultdict(dict)), []
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
                 archive.members.clear()  # or it would remember all of them, a kilobyte each
+                if len(names) < 3:
+                    names.append(member.name)
                 match = REVIEW_NAME.fullmatch(member.name)
                 if not match or not member.isfile():
                     continue
                 check_size(member.size, f"{path}: {member.name}")
-                folder, name = match.groups()
-                reviews[folder][name] = archive.extractfile(member).read()
+                root, folder, name = match.groups()
+                roots[root][folder][name] = archive.extractfile(member).read()
             while archive.fileobj.read(1 << 20):  # to its end, where the checksum is
                 pass
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")
-        raise UserError(f"{path} is cut short, damaged or no tar archive ({reason}); "
-                        "delete it and download it again") from error
-    return reviews
+        if getattr(error, "errno", None):
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"{path} {archive_fault(path, error)}") from error
+    if not roots and not names:
+        raise UserError(f"{path} {archive_fault(path, 'no members')}")
+    if not roots:
+        raise UserError(f"{path} holds no reviews in {', '.join(FOLDERS)}; it begins with {', '.join(names)}")
+    return defaultdict(dict, roots[choose_root(roots, path)])
+
+
+def archive_fault(path, reason):
+    """Return what is wrong with a file that cannot be read as an archive, for `reason`."""
+    kind = file_kind(path)
+    if kind in (EMPTY, ZEROS):
+        return f"is {kind}; download it again"
+    if kind and (kind.endswith(TAR) or kind.startswith("a damaged")):
+        return f"is cut short or damaged ({str(reason).partition(chr(10))[0].rstrip(':')}); download it again"
+    if not kind:
+        line = first_line(path)
+        kind = f"a text file that begins with {line!r}" if line else "a file of unknown content"
+    extract = "; extract it and pass the folder" * kind.endswith(("zip file", "7z file", "RAR file"))
+    return f"is {kind}, no tar archive of the reviews{extract}"
 
 
 def read_folder(path):
-    """Read the reviews from an extracted aclImdb folder, or its parent: {folder: {file name: bytes}}."""
-    root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
-    reviews = {folder: {} for folder in FOLDERS}
+    """Read the reviews from an extracted folder, or one that holds it: {folder: {file name: bytes}}."""
+    roots = defaultdict(set)
+    for depth in ("", "*/", "*/*/"):
+        for folder in FOLDERS:
+            for found in path.glob(depth + folder):
+                if found.is_dir() and "__MACOSX" not in found.parts:
+                    roots[found.resolve().parents[1]].add(folder)
+    if not roots:
+        raise UserError(f"{path} is {folder_kind(path)}, without the reviews in {', '.join(FOLDERS)}{advice(path)}")
+    root = choose_root(roots, path)
+    reviews = defaultdict(dict)
     for folder in FOLDERS:
         for file in (root / folder).glob("*.txt"):
-            if REVIEW_NAME.fullmatch(f"aclImdb/{folder}/{file.name}") and file.is_file() and not file.is_symlink():
+            if REVIEW_NAME.fullmatch(f"{folder}/{file.name}") and file.is_file() and not file.is_symlink():
                 check_size(file.stat().st_size, file)
                 reviews[folder][file.name] = file.read_bytes()
     return reviews
+
+
+def choose_root(roots, source):
+    """Return the root that has all four folders, else the one with most, of {root: its folders}.
+
+    Raises UserError if several have all four.
+    """
+    whole = [root for root in roots if len(roots[root]) == len(FOLDERS)]
+    if len(whole) > 1:
+        raise UserError(f"{source} holds {' and '.join(sorted(str(root) or '.' for root in whole))}, each with all "
+                        "four folders of reviews; extract it if it is an archive, and pass one of them")
+    return whole[0] if whole else max(roots, key=lambda root: len(roots[root]))
+
+
+def advice(path):
+    """Return what to pass instead of a folder that holds no reviews, where that can be seen: "; pass ..."."""
+    for parent in path.resolve().parents[:2]:
+        if all((parent / folder).is_dir() for folder in FOLDERS):
+            return f"; pass {parent}"
+    archives = sorted(file for pattern in ("*.tar", "*.tar.*", "*.tgz") for file in path.glob(pattern))
+    return f"; pass the archive in it: {archives[0]}" if archives else ""
 
 
 def check_size(size, name):

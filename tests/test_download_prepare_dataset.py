@@ -28,8 +28,8 @@ def add(archive, name, content, **attributes):
     archive.addfile(member, io.BytesIO(content))
 
 
-def make_archive(path, reviews, extra=()):
-    """Write reviews {"folder/name": bytes} in a random order, among things that are not reviews."""
+def make_archive(path, reviews, extra=(), root="aclImdb/"):
+    """Write reviews {"folder/name": bytes} below `root` in a random order, among things that are not reviews."""
     names = list(reviews)
     random.Random(0).shuffle(names)
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
@@ -42,7 +42,7 @@ def make_archive(path, reviews, extra=()):
         for name, content in extra:
             add(archive, name, content)
         for name in names:
-            add(archive, f"aclImdb/{name}", reviews[name])
+            add(archive, f"{root}{name}", reviews[name])
     return path
 
 
@@ -114,12 +114,36 @@ def test_an_extracted_folder_gives_the_same_files(small, tmp_path):
         path = tmp_path / "aclImdb" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    sources = [tmp_path / "a.tar.gz", tmp_path / "aclImdb", tmp_path]
+    sources = [tmp_path / "a.tar.gz", tmp_path / "aclImdb", tmp_path, tmp_path.parent]
     for i, source in enumerate(sources):
         dataset.main(["--archive", str(source), "--data_dir", str(tmp_path / str(i))])
     digests = [[sha256(tmp_path / str(i) / f"{split}.csv") for split in ("train", "validation", "test")]
-               for i in range(3)]
-    assert digests[0] == digests[1] == digests[2]
+               for i in range(4)]
+    assert digests == 4 * [digests[0]]
+
+
+@pytest.mark.parametrize("root", ["imdb/", "./imdb/", "aclImdb_v1/aclImdb/", "a/b c/\u00e9/", "", "./", "././"])
+def test_an_archive_may_have_any_root(small, tmp_path, root):
+    """The four folders count, not the name of what holds them; what macOS adds to archives does not count."""
+    macos = [(f"{folder}/{place}/{name}", b"attributes") for place in FOLDERS
+             for folder, name in (("__MACOSX/imdb", "5_5.txt"), ("imdb", "._0_7.txt"))]
+    archive = make_archive(tmp_path / "a.tar.gz", small, [*macos, ("imdb/unsup/1_0.txt", b"")], root)
+    frame = dataset.load_dataset_to_dataframe(archive)
+    assert frame["text"].tolist() == [f"{folder} {i}" for folder in FOLDERS for i in range(3)]
+
+
+def test_of_several_roots_the_whole_one_is_read_and_two_whole_ones_are_refused(small, tmp_path, failing):
+    partial = [("sample/train/pos/1_1.txt", b"x"), ("sample/test/neg/1_1.txt", b"x")]
+    archive = make_archive(tmp_path / "a.tar.gz", small, partial, root="imdb/")
+    assert len(dataset.load_dataset_to_dataframe(archive)) == 12
+    copy = [(f"copy/{name}", content) for name, content in small.items()]
+    archive = make_archive(tmp_path / "b.tar.gz", small, copy, root="imdb/")
+    assert "holds copy/ and imdb/, each with all four folders" in refused(tmp_path, failing, archive)
+    for name, content in [*((f"imdb/{name}", content) for name, content in small.items()), *copy]:
+        (tmp_path / "both" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "both" / name).write_bytes(content)
+    message = refused(tmp_path, failing, tmp_path / "both")
+    assert f"holds {tmp_path / 'both' / 'copy'} and {tmp_path / 'both' / 'imdb'}, each" in message
 
 
 def test_text_survives_the_csv(small, tmp_path):
@@ -159,8 +183,73 @@ def test_an_archive_cut_short_is_refused(small, tmp_path, failing, kept):
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path, failing):
     (tmp_path / "page.html").write_text("<html>404</html>")
-    assert "no tar archive" in refused(tmp_path, failing, tmp_path / "page.html")
+    assert "is a web page, no tar archive" in refused(tmp_path, failing, tmp_path / "page.html")
     assert "no archive or folder" in refused(tmp_path, failing, tmp_path / "absent.tar.gz")
+
+
+def a_tar_of(name, content):
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as archive:
+        add(archive, name, content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"text,label\ngood,1\n", "is a text file that begins with 'text,label', no tar archive"),
+    (b"<!DOCTYPE html>\n<title>404</title>", "is a web page"),
+    (b"\n<HTML>", "is a web page"),
+    (b"PK\x03\x04" + bytes(range(256)), "is a zip file, no tar archive of the reviews; extract it and pass the folder"),
+    (b"PAR1" + bytes(1000), "is a Parquet file"),
+    (b"ARROW1\0\0", "is an Arrow file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 84125825\n", "is a Git LFS pointer"),
+    (gzip.compress(b"text,label\n"), "is a gzip file, no tar archive"),
+    (gzip.compress(b"PK\x03\x04"), "is a gzip file of a zip file"),
+    (b"\x80\x02}", "is a pickle"),
+    (bytes(range(129, 256)), "is a file of unknown content"),
+    (a_tar_of("checkpoint", b"x"), "holds no reviews in test/pos, test/neg, train/pos, train/neg; it begins with c"),
+    (a_tar_of("IMDB Dataset.csv", b"x"), "it begins with IMDB Dataset.csv"),
+    (b"", "is empty; download it again"),
+    (bytes(10240), "is a file of zero bytes; download it again"),
+])
+def test_something_else_is_refused_by_what_it_is(tmp_path, failing, content, message):
+    """Never with the advice to delete it: it may be dear to its owner."""
+    (tmp_path / "a.tar.gz").write_bytes(content)
+    refusal = refused(tmp_path, failing, tmp_path / "a.tar.gz")
+    assert message in refusal
+    assert "delete" not in refusal
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    ([], "is an empty folder"),
+    (["record.json", "curves.svg"], "is the folder of a training run"),
+    (["train.csv", "test.csv"], "is a folder of CSV files, which the train scripts read with --data_dir"),
+    (["dataset_info.json", "data-00000-of-00001.arrow"], "is a folder of the library Datasets"),
+    (["data.parquet"], "is a folder of Parquet files"),
+    (list("abcdefg"), "is a folder of a, b, c, d, e and 2 more, without the reviews in test/pos, "),
+    (["aclImdb_v1.tar.gz", "b"], "; pass the archive in it: "),
+])
+def test_another_folder_is_refused_by_what_it_is(tmp_path, failing, names, message):
+    (tmp_path / "folder").mkdir()
+    for name in names:
+        (tmp_path / "folder" / name).touch()
+    refusal = refused(tmp_path, failing, tmp_path / "folder")
+    assert message in refusal
+    assert "delete" not in refusal
+
+
+@pytest.mark.parametrize("place", ["train", "test/neg"])
+def test_a_folder_within_the_dataset_names_the_one_to_pass(small, tmp_path, failing, place):
+    for folder in FOLDERS:
+        (tmp_path / "imdb" / folder).mkdir(parents=True)
+    assert refused(tmp_path, failing, tmp_path / "imdb" / place).endswith(f"; pass {tmp_path / 'imdb'}")
+
+
+def test_an_archive_that_may_not_be_read_is_not_called_damaged(small, tmp_path, failing, monkeypatch):
+    def forbidden(*arguments):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(tarfile, "open", forbidden)
+    (tmp_path / "a.tar").touch()
+    assert "cannot read " in (message := refused(tmp_path, failing, tmp_path / "a.tar"))
+    assert message.endswith("a.tar: Permission denied")
 
 
 def test_oversized_and_undecodable_reviews_are_named(small, tmp_path, failing):
