@@ -87,9 +87,11 @@ def encoder_of(tokenizer):
 
 def fingerprint(tokenizer):
     """Return a SHA-256 of all that a Hugging Face tokenizer's results depend on: its files and the libraries."""
-    digest = hashlib.sha256()
+    # What was set after loading is not in the files.
+    digest = hashlib.sha256(f"{tokenizer.truncation_side} {tokenizer.split_special_tokens} ".encode())
     with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(map(Path, tokenizer.save_pretrained(folder))):
+        tokenizer.save_pretrained(folder)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             content = path.read_bytes()
             if path.name in PASSING:
                 settings = json.loads(content)
