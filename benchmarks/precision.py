@@ -62,7 +62,7 @@ def measure(args, folder):
         right = [(answers(predictions["probability"]) == predictions["label"]).to_numpy()
                  for predictions in map(read_predictions, runs, records)]
         counts = compare(*right)
-        seeds.append({"seed": seed, "reviews": sum(counts), "difference": counts.difference,
+        seeds.append({"seed": seed, "reviews": counts.total, "difference": counts.difference,
                       "interval": counts.interval, "p_value": counts.p_value,
                       **{precision: {"test": record["accuracy"]["test"], "training_seconds":
                                      record["seconds"]["training"], "last_loss": record["curve"][-1]["validation_loss"]}
