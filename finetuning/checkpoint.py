@@ -161,5 +161,5 @@ def restore(state, classifier, optimizer):
         for name, tensor in state["trainable"].items():
             parameters[name].copy_(tensor)
     optimizer.load_state_dict(state["optimizer"])
-    set_random_state(state["random_state"])
+    set_random_state(state["random_state"], classifier.device)
     return Progress(**state["progress"])

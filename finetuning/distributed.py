@@ -113,7 +113,6 @@ def own_device(device):
     own, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if own >= gpus:
         raise UserError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} is more than this machine's {gpus} GPUs")
-    torch.cuda.set_device(own)
     return torch.device("cuda", own)
 
 

@@ -36,7 +36,11 @@ def select_device(name="auto"):
         raise UserError(f"--device {name} is no device; choose auto, cpu, mps, cuda or cuda:1") from error
     if (device.index or 0) >= device_count(device.type):
         raise UserError(f"--device {name} is not on this machine; it has: {', '.join(available)}")
-    return distributed.own_device(device) if distributed.size() > 1 else device
+    if distributed.size() > 1:
+        device = distributed.own_device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what a library does without naming a device is done there
+    return device
 
 
 def device_count(kind):
@@ -134,8 +138,10 @@ def hardware(device):
 
 def synchronize(device):
     """Wait until the device has finished, so that a clock read afterwards is honest."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory(device):
@@ -146,12 +152,17 @@ def peak_memory(device):
 def random_state(device):
     """The state of every generator that training draws from: {device type: uint8 tensor}."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = getattr(torch, device.type).get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
-def set_random_state(state):
-    """Put back what `random_state` returned."""
-    for device_type, tensor in state.items():
-        (torch if device_type == "cpu" else getattr(torch, device_type)).set_rng_state(tensor)
+def set_random_state(state, device):
+    """Put back what `random_state` returned for a device of the same type."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state["mps"])

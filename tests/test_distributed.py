@@ -15,6 +15,7 @@ from finetuning.checkpoint import CHECKPOINT
 from finetuning.errors import UserError
 from finetuning.plots import CURVES
 from finetuning.records import PREDICTIONS, RECORD, read_predictions, read_record
+from finetuning.runtime import select_device
 
 TINY_GPT = REPOSITORY / "tests" / "tiny_gpt.py"
 
@@ -209,8 +210,8 @@ def test_each_process_has_its_own_gpu(process, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     process(1, 2)
-    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda", 1)
-    assert chosen == [1]
+    assert select_device("cuda") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
     assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
     process(2, 3)
     with pytest.raises(UserError, match="--nproc_per_node 3 is more than this machine's 2 GPUs"):

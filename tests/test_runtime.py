@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import reviews
+from pretend_device import pretend_device
 from test_loop import gpt, gpt_dataset, train
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -23,9 +24,23 @@ def test_auto_takes_the_best_device_there_is(monkeypatch):
 @pytest.mark.parametrize("name", ["cuda:1", "cuda:7"])
 def test_a_device_that_is_not_there_is_refused(monkeypatch, name):
     monkeypatch.setattr(runtime, "device_count", lambda kind: {"cuda": 1, "cpu": 1}.get(kind, 0))
-    assert runtime.select_device("cuda:0").type == "cuda"
+    assert runtime.select_device("cuda").type == "cuda"
     with pytest.raises(UserError, match=f"--device {name} is not on this machine; it has: cuda, cpu"):
         runtime.select_device(name)
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_the_chosen_gpu_is_the_current_one(name, current):
+    """Its generator alone is saved, put back and drawn from."""
+    with pretend_device("cuda", count=2):
+        device = runtime.select_device(name)
+        assert torch.cuda.current_device() == current
+        other = torch.cuda.get_rng_state(1 - current)
+        state = runtime.random_state(device)
+        drawn = torch.rand(3, device=device).tolist()
+        assert torch.equal(torch.cuda.get_rng_state(1 - current), other)
+        runtime.set_random_state(state, device)
+        assert torch.rand(3, device=device).tolist() == drawn
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x"])
@@ -82,7 +97,7 @@ def test_tf32_only_on_cuda_and_only_when_asked():
 def test_random_state_is_put_back():
     state = runtime.random_state(CPU)
     drawn = torch.rand(3)
-    runtime.set_random_state(state)
+    runtime.set_random_state(state, CPU)
     assert torch.equal(torch.rand(3), drawn)
 
 
