@@ -9,10 +9,10 @@ MOMENT = 2  # seconds that an evaluation may take without a bar
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
-def log(line):
-    """Print a line of the log, above the progress bars where there are any."""
+def log(line, file=None):
+    """Print a line of the log, or to another file, above the progress bars where there are any."""
     with tqdm.external_write_mode():
-        print(line, flush=True)
+        print(line, file=file, flush=True)
 
 
 def step_line(epoch, point):

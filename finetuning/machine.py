@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "scikit-learn", "pandas", "numpy")
 
 
@@ -36,12 +37,37 @@ def usable_cpus():
 
 
 def available_memory():
-    """Bytes of memory that are free for use; 0 where the system does not tell (only Linux does)."""
+    """Bytes of memory that are free for use, also by a container's limit; 0 where only Linux would tell."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in (PROC / "meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return max(0, min([int(line.split()[1]) * 1024, *cgroup_memory()]))
     return 0
+
+
+def cgroup_memory():
+    """Yield the bytes that each memory limit of this process's control groups, and of those above them, leaves free."""
+    with contextlib.suppress(OSError):
+        for line in (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
+                                                   "total_inactive_file")
+            else:
+                continue
+            group = root / path.lstrip("/")
+            while group.is_relative_to(root):
+                with contextlib.suppress(OSError, ValueError):  # a container does not show what is above it; "max"
+                    yield free_in_cgroup(group, *names)
+                group = group.parent
+
+
+def free_in_cgroup(group, limit, usage, cache):
+    """Bytes that a control group may still take, the files that the system keeps in memory for it not counted."""
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    return int((group / limit).read_text()) - int((group / usage).read_text()) + int(statistics.get(cache, 0))
 
 
 def process_peak_memory():

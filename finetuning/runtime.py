@@ -14,6 +14,7 @@ from finetuning.errors import UserError
 from finetuning.machine import cpu_flags, cpu_name, process_peak_memory
 
 DEVICE_TYPES = ("cuda", "mps", "cpu")  # in the order of preference
+EMULATING = {"cuda": "GPU", "cpu": "CPU"}
 # The flags under which Linux lists an x86 CPU's native bf16 arithmetic.
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 # Parameters of glibc's `mallopt`, from its malloc.h.
@@ -53,15 +54,19 @@ def select_precision(name, device):
 
     The precision is that of the arithmetic; weights are float32 either way. bf16 that a CPU has to
     emulate can be hundreds of times slower, so the CPU's flags are read before anything is tried.
-    Raises UserError for "tf32", fp32 whose products are rounded, on anything but CUDA.
+    Raises UserError for "tf32", fp32 whose products are rounded, on anything but CUDA from Ampere on.
     """
     if name == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 is for CUDA, not for {device.type}")
+    if name == "tf32" and not is_ampere(device):
+        raise UserError(f"--precision tf32 needs compute capability 8.0 or more; {hardware(device)} has "
+                        f"{compute_capability(device)}: use --precision fp32")
+    if name == "bf16" and emulates_bf16(device):
+        return name, f"as asked; this {EMULATING[device.type]} emulates bf16, which is slower than fp32, perhaps by far"
     if name != "auto":
         return name, "as asked"
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return ("bf16" if major >= 8 else "fp32"), f"compute capability {major}.{minor}"
+        return ("bf16" if is_ampere(device) else "fp32"), f"compute capability {compute_capability(device)}"
     if device.type == "cpu":
         native = " and ".join(sorted(CPU_BF16_FLAGS & cpu_flags()))
         if not native:
@@ -71,6 +76,23 @@ def select_precision(name, device):
         because = f"the CPU has {native}; a trial ran {speedup:.1f} times as fast as in fp32"
         return ("bf16" if speedup > WORTHWHILE else "fp32"), because
     return "fp32", "bf16 only when asked for on this device"
+
+
+def compute_capability(device):
+    """A GPU's compute capability, such as "7.5"."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def is_ampere(device):
+    """Whether a GPU is of the Ampere generation or a later one, the first with TF32 and bf16."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def emulates_bf16(device):
+    """Whether the device is known to compute bf16 by way of float32."""
+    # Of other CPUs than x86 on Linux no flags are known.
+    return (device.type == "cuda" and not is_ampere(device)
+            or device.type == "cpu" and bool(cpu_flags()) and not CPU_BF16_FLAGS & cpu_flags())
 
 
 def cpu_bf16_speedup(repeats=7):
@@ -117,10 +139,13 @@ def check_compiler(device):
                         ) from error
 
 
-def compile_model(model, device):
-    """Compile a model for the shapes it meets, which should be few; on CUDA its kernels are replayed as one graph."""
+def compile_model(model, device, parts=1):
+    """Compile a model for the shapes it meets, which should be few; on CUDA its kernels are replayed as one graph.
+
+    Not where the gradients of several `parts` of a batch add up: a graph's next replay overwrites the last one's.
+    """
     torch._dynamo.config.recompile_limit = COMPILATIONS
-    model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" and parts == 1 else None)
 
 
 def is_compiled(model):
@@ -142,6 +167,12 @@ def synchronize(device):
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def empty_cache(device):
+    """Return the memory that PyTorch keeps for later to the device."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
 
 
 def peak_memory(device):

@@ -88,10 +88,36 @@ def test_precision_is_of_the_arithmetic_not_of_weights_or_logits(precision, insi
     assert model.weight.dtype == torch.float32
 
 
-def test_tf32_only_on_cuda_and_only_when_asked():
-    assert runtime.select_precision("tf32", torch.device("cuda")) == ("tf32", "as asked")
+def test_tf32_is_for_cuda():
     with pytest.raises(UserError, match="is for CUDA, not for cpu"):
         runtime.select_precision("tf32", CPU)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_tf32_needs_ampere(capability, refused):
+    with pretend_device("cuda", capability=capability):
+        if not refused:
+            assert runtime.select_precision("tf32", torch.device("cuda")) == ("tf32", "as asked")
+            return
+        with pytest.raises(UserError, match=r"tf32 needs compute capability 8\.0 or more; Pretend GPU has 7\.5"):
+            runtime.select_precision("tf32", torch.device("cuda"))
+
+
+def test_emulated_bf16_says_so(monkeypatch):
+    for flags, emulated in (({"avx2"}, True), ({"avx512_bf16"}, False), (set(), False)):  # none: not known
+        monkeypatch.setattr(runtime, "cpu_flags", lambda flags=flags: flags)
+        assert ("this CPU emulates bf16" in runtime.select_precision("bf16", CPU)[1]) == emulated
+    with pretend_device("cuda", capability=(7, 5)):
+        assert "this GPU emulates bf16" in runtime.select_precision("bf16", torch.device("cuda"))[1]
+
+
+@pytest.mark.parametrize(("kind", "parts", "mode"), [
+    ("cuda", 1, "reduce-overhead"), ("cuda", 2, None), ("cpu", 1, None), ("mps", 1, None)])
+def test_cuda_graphs_are_for_batches_in_one_part(kind, parts, mode, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model, dynamic, mode: chosen.append(mode))
+    runtime.compile_model(nn.Linear(1, 1), torch.device(kind), parts)
+    assert chosen == [mode]
 
 
 def test_random_state_is_put_back():
