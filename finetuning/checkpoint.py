@@ -25,7 +25,7 @@ DIGEST_BYTES = 32
 STATE = {"identity", "device", "precision", "trainable", "optimizer", "random_state", "progress"}
 # What may differ between the run that saved a checkpoint and the one that goes on with it.
 FREE_TO_CHANGE = {"resume", "checkpoint_minutes", "output_dir", "data_dir", "models_dir", "accumulate",
-                  "tensorboard", "save_model"}
+                  "tensorboard", "save_model", "compile", "precision", "device"}  # the device's type may not
 
 
 class CheckpointWriter:

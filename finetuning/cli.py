@@ -9,7 +9,7 @@ import signal
 import sys
 from contextlib import nullcontext
 
-from finetuning.errors import UserError
+from finetuning.errors import UserError, is_out_of_memory
 from finetuning.files import DISK_TROUBLE
 from finetuning.interrupts import exit_status, raise_terminated
 
@@ -196,7 +196,9 @@ def run(main):
             raise
         note(f"{sys.argv[0]}: {error.strerror}: {error.filename or 'while writing'}")
         sys.exit(2)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         note(f"{sys.argv[0]}: out of memory")
         sys.exit(2)
     except KeyboardInterrupt as error:

@@ -9,10 +9,13 @@ first and only process, and what is called here changes nothing.
 
 import functools
 import os
+import platform
+import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finetuning.cli import under_torchrun
 from finetuning.errors import UserError
+from finetuning.interrupts import Terminated
 
 
 def rank():
@@ -31,6 +35,11 @@ def rank():
 def size():
     """How many processes the run has."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_size():
+    """How many of the run's processes are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
 
 
 def is_first():
@@ -54,6 +63,7 @@ def processes():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store(), rank=int(os.environ["RANK"]),
                             world_size=int(os.environ["WORLD_SIZE"]))
+    store().set(f"process {rank()}", f"{platform.node()} {os.getpid()}")
     with ExitStack() as stack:
         if not is_first():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -61,6 +71,7 @@ def processes():
             stack.enter_context(redirect_stderr(nowhere))
         yield
     # Not after a failure: whoever has failed waits for nobody.
+    store().set(f"process {rank()}", "")
     dist.destroy_process_group()
 
 
@@ -83,14 +94,44 @@ def one_voice():
     status = 0
     try:
         yield
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may ask for what is happening already
         if not failures_before():
+            # Their connections to a process that is gone break, or torchrun ends those that are left.
+            if isinstance(error, (RuntimeError, Terminated)) and (killed := killed_processes()):
+                raise UserError(f"process {' and '.join(map(str, killed))} died without an error message, as where the "
+                                "system kills one for want of memory; try fewer processes (--nproc_per_node) or "
+                                "--accumulate 2 or more") from error
             raise
         status = 2
     # Without the interpreter's shutdown, which gloo's threads outlive: now and then that ends in an abort.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def killed_processes():
+    """The ranks of the run's processes on this machine that have ended without saying so."""
+    killed = []
+    with suppress(RuntimeError):  # torchrun itself is gone
+        time.sleep(1)  # a connection breaks before the process has quite ended
+        for number in range(int(os.environ["WORLD_SIZE"])):
+            if store().check([f"process {number}"]):
+                host, _, pid = store().get(f"process {number}").decode().partition(" ")
+                if host == platform.node() and not is_running(int(pid)):
+                    killed.append(number)
+    return killed
+
+
+def is_running(pid):
+    """Whether a process is there and has not ended."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # no Linux, which would tell
+        return True
 
 
 def failures_before():
@@ -155,12 +196,15 @@ def mean(tensor):
     return tensor / size()
 
 
-def learner(classifier):
+def learner(classifier, has_unused_parameters):
     """The classifier for training: a backward pass leaves the mean of all processes' gradients in each.
 
-    Its answer must depend on every trainable parameter; PyTorch raises RuntimeError where it does not.
+    `has_unused_parameters()` says whether a trainable parameter gets no gradient; looking for those takes time.
     """
-    return classifier if size() == 1 else replace(classifier, model=DistributedDataParallel(classifier.model))
+    if size() == 1:
+        return classifier
+    find_unused = of_first(has_unused_parameters())
+    return replace(classifier, model=DistributedDataParallel(classifier.model, find_unused_parameters=find_unused))
 
 
 def exchanging(model, now):

@@ -1,5 +1,6 @@
 """One whole run: from a model and three tokenized sets to the printed accuracies and the record."""
 
+import re
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from finetuning import distributed, records
 from finetuning.checkpoint import CheckpointWriter, find_checkpoint, is_unfinished, restore, run_identity
 from finetuning.cli import note
 from finetuning.console import accuracy_lines, end_of_training, training_bar
-from finetuning.errors import UserError
+from finetuning.errors import UserError, is_out_of_memory
 from finetuning.features import compute_once
 from finetuning.files import held
 from finetuning.interrupts import put_off
@@ -58,11 +59,24 @@ def run_experiment(args, name, build):
     be refused without it is refused first.
     """
     folder = records.run_folder(args, name)
+    if args.resume and not args.output_dir:
+        folder = interrupted_run(folder)
+        name = folder.name
     lock = held(folder, "--output_dir") if distributed.is_first() else nullcontext()
-    with lock, way_to_go_on(folder, args.command), memory_advice():
-        with distributed.first_process_first():
+    with lock, way_to_go_on(folder, args.command), memory_advice(args):
+        with distributed.first_process_first(), memory_advice():
             setting, built = prepare(args, folder), build(args)
+        # Other machines need not have the disk that holds it.
+        setting = setting._replace(checkpoint=distributed.of_first(setting.checkpoint))
         fine_tune(args, name, setting, *built)
+
+
+def interrupted_run(folder):
+    """The folder of a run to resume: this one, or else the one that holds a checkpoint of it in another precision."""
+    def without_precision(path):
+        return re.sub("-precision_[a-z0-9]+", "", path.name)
+    others = (path for path in sorted(folder.parent.glob("*")) if without_precision(path) == without_precision(folder))
+    return folder if is_unfinished(folder) else next(filter(is_unfinished, others), folder)
 
 
 def prepare(args, folder):
@@ -72,24 +86,36 @@ def prepare(args, folder):
     check_batches(args, check_dataset(args.data_dir))
     facts = records.facts(args)
     records.check_replaceable(folder, facts)
-    checkpoint = find_checkpoint(folder, run_identity(facts)) if args.resume else None
+    checkpoint = find_checkpoint(folder, run_identity(facts)) if args.resume and distributed.is_first() else None
     if not args.resume and is_unfinished(folder):
         raise UserError(f"{folder} holds the checkpoint of an unfinished run: add --resume to go on with it, "
                         "or delete it to start again")
     device = select_device(args.device)
     if args.compile:
         check_compiler(device)
-    # What "auto" finds out by trying could differ from one time to the next.
-    precision, reason = ((checkpoint["precision"], "as the run began") if checkpoint
-                         else select_precision(args.precision, device))
+    precision, reason = choose_precision(args.precision, device, checkpoint)
     boards = [TensorBoard(folder)] if args.tensorboard else []
     return Setting(folder, facts, copies_in_training_set(args.data_dir), checkpoint, device, precision, reason, boards)
+
+
+def choose_precision(name, device, checkpoint):
+    """As `select_precision`, for a run that may go on from a checkpoint, whose precision "auto" keeps."""
+    if checkpoint is None:
+        return select_precision(name, device)
+    began = checkpoint["precision"]
+    # What "auto" finds out by trying could differ from one time to the next.
+    precision, reason = select_precision(began if name == "auto" else name, device)
+    if precision == began:
+        return precision, reason.replace("as asked", "as the run began")
+    return precision, (f"{reason}; {began} up to step {checkpoint['progress']['step']}, so that the numbers will "
+                       "differ from those of an uninterrupted run")
 
 
 def fine_tune(args, name, setting, model, head, read_logits, save, train, validation, test):
     """What `run_experiment` says, once all that it needs is there."""
     folder, facts, copies, checkpoint, *_ = setting
-    classifier, described = place(setting, model, read_logits, args.compile)
+    with memory_advice():
+        classifier, described = place(setting, model, read_logits, args)
     started = time.perf_counter()
     classifier, (train, validation, test) = compute_once(args, classifier, head, train, validation, test)
     torch.manual_seed(args.seed)
@@ -141,7 +167,7 @@ def fine_tune(args, name, setting, model, head, read_logits, save, train, valida
     note(f"Record: {folder / records.RECORD}")
 
 
-def place(setting, model, read_logits, compiled):
+def place(setting, model, read_logits, args):
     """Put the model where and how it shall compute, and tell; returns the Classifier and that part of the record."""
     total, trainable = count_parameters(model)
     device = setting.device
@@ -151,8 +177,8 @@ def place(setting, model, read_logits, compiled):
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if device.type == "cpu":
         keep_freed_memory()
-    if compiled:
-        compile_model(model, device)
+    if args.compile:
+        compile_model(model, device, args.accumulate)
     return Classifier(model.to(device), read_logits, device, precision), {
         "hardware": hardware(device), "precision": {"used": precision, "why": reason},
         "parameters": {"all": total, "trainable": trainable}}
@@ -185,14 +211,24 @@ def way_to_go_on(folder, command):
 
 
 @contextmanager
-def memory_advice():
-    """Turn running out of memory into advice."""
+def memory_advice(args=None):
+    """Turn running out of memory into advice: about training as `args` say, or about a model that does not fit."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU short memory is a RuntimeError of PyTorch's allocator, or of oneDNN, whose other errors say more.
-        if (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-                or str(error) == "could not create a primitive"):
-            raise UserError("out of memory; try --accumulate 2 or more, a smaller --batch_size or a "
-                            "shorter --context_length") from error
-        raise
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where = "before training" if args is None else "in training"
+        raise UserError(f"out of memory {where}; try {' or '.join(memory_remedies(args))}") from error
+
+
+def memory_remedies(args=None):
+    """What takes less memory: where only the model is there, or in training as `args` say."""
+    if args is None:
+        return ["a smaller model", "a device with more memory"]
+    parts = min(2 * args.accumulate, args.batch_size // distributed.size())
+    remedies = [f"--accumulate {parts}"] if parts > args.accumulate else []
+    if args.resume:  # nothing else may change
+        return remedies or ["a device with more memory"]
+    layers = ["--trainable_layers last_block"] if args.trainable_layers == "all" else []
+    return [*remedies, "a shorter --context_length", *layers, *([] if remedies else ["a smaller model"])]

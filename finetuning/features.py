@@ -9,7 +9,8 @@ from torch import nn
 
 from finetuning.batches import IMDbDataset, evaluation_order
 from finetuning.cli import note
-from finetuning.loop import EVALUATION_TOKENS, Classifier, evaluating, predict
+from finetuning.distributed import local_size
+from finetuning.loop import Classifier, compute_batches, evaluating, predict
 from finetuning.machine import available_memory
 from finetuning.runtime import random_state
 from finetuning.tokens import Tokens
@@ -120,11 +121,15 @@ def freeze_hidden_states(classifier, dataset):
     lengths = kept_lengths(dataset)
     states = np.empty((lengths.sum(), classifier.model.tok_emb.embedding_dim), dtype=np.float32)
     starts = np.cumsum(lengths) - lengths
-    order = evaluation_order(dataset.padded(dataset.lengths), EVALUATION_TOKENS[classifier.device.type])
+    padded = dataset.padded(dataset.lengths)
+
+    def compute(indices):
+        hidden = classifier.model.hidden_states(dataset.batch(indices).to(classifier.device).input_ids)
+        return hidden.float().cpu().numpy()
     with evaluating(classifier):
-        for indices in order:
-            hidden = classifier.model.hidden_states(dataset.batch(indices).to(classifier.device).input_ids)
-            for row, index in zip(hidden.float().cpu().numpy(), indices, strict=True):
+        batches = evaluation_order(padded, classifier.evaluation_tokens)
+        for indices, hidden in compute_batches(compute, batches, padded, classifier):
+            for row, index in zip(hidden, indices, strict=True):
                 states[starts[index]:starts[index] + lengths[index]] = row[:lengths[index]]
     pad_to = None if isinstance(dataset.pad_to, int) else dataset.pad_to
     return IMDbDataset(Tokens(states, lengths, dataset.labels), pad_token_id=0, pad_to=pad_to)
@@ -138,4 +143,5 @@ def kept_lengths(dataset):
 def fit_in_memory(model, datasets):
     """Whether what `freeze_hidden_states` returns of all of them may be kept."""
     tokens = sum(int(kept_lengths(dataset).sum()) for dataset in datasets)
-    return tokens * model.tok_emb.embedding_dim * np.dtype(np.float32).itemsize < SHARE_OF_MEMORY * available_memory()
+    needed = tokens * model.tok_emb.embedding_dim * np.dtype(np.float32).itemsize
+    return needed < SHARE_OF_MEMORY * available_memory() / local_size()  # each process keeps them

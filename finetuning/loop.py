@@ -1,6 +1,7 @@
 """Loss, accuracy, evaluation, and the one training loop of every neural model here."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -14,11 +15,11 @@ from torch import nn
 from finetuning import distributed
 from finetuning.batches import Batch, evaluation_order, grouped_order, training_order
 from finetuning.console import epoch_line, evaluation_bar, log, step_line
-from finetuning.errors import UserError
+from finetuning.errors import UserError, is_out_of_memory
 from finetuning.quick import packed_weights, quick_cpu
-from finetuning.runtime import autocast, is_compiled, synchronize
+from finetuning.runtime import autocast, empty_cache, is_compiled, synchronize
 
-# Tokens in a batch of evaluation: enough to keep the device busy, no more memory than training takes.
+# Tokens in a batch of evaluation: enough to keep the device busy. Where memory runs out there will be fewer.
 EVALUATION_TOKENS = {"cpu": 8 * 256, "mps": 64 * 256, "cuda": 256 * 256}
 
 
@@ -30,6 +31,10 @@ class Classifier:
     read_logits: Callable[[nn.Module, Batch], torch.Tensor]
     device: torch.device
     precision: str = "fp32"
+    evaluation_tokens: int | None = None  # in a batch of evaluation; None: EVALUATION_TOKENS
+
+    def __post_init__(self):
+        self.evaluation_tokens = self.evaluation_tokens or EVALUATION_TOKENS[self.device.type]
 
     def __call__(self, batch):
         """Batch on the classifier's device -> logits (batch, classes), float32."""
@@ -78,12 +83,55 @@ def calc_gradients(reviews, indices, classifier, accumulate=1):
     return distributed.mean(sum(losses))
 
 
+def has_unused_parameters(classifier, batch):
+    """Whether a trainable parameter gets no gradient from a batch; draws no random number."""
+    was_training = classifier.model.training
+    classifier.model.eval()
+    with torch.compiler.set_stance("force_eager"):  # not worth a compilation
+        calc_loss_batch(batch, classifier).backward()
+    classifier.model.train(was_training)
+    unused = any(p.requires_grad and p.grad is None for p in classifier.model.parameters())
+    classifier.model.zero_grad()
+    return unused
+
+
 @contextmanager
 def evaluating(classifier):
     """Without gradients and in the classifier's precision; a weight that learns is rounded but once."""
     with (torch.inference_mode(), autocast(classifier.device, classifier.precision),
           packed_weights() if classifier.quick else nullcontext()):
         yield
+
+
+def compute_batches(compute, batches, lengths, classifier):
+    """Yield `(indices, compute(indices))` for each of the `batches` of indices of reviews padded to `lengths`.
+
+    Where memory runs out, that batch and those that follow, of this call and of later ones, are cut to half of its
+    tokens, until a batch is one review. Raises UserError if that is still too much.
+    """
+    for batch in batches:
+        while len(batch):
+            indices = batch[:max(1, classifier.evaluation_tokens // max(1, int(lengths[batch[0]])))]
+            error = None
+            try:
+                result = compute(indices)
+            except (RuntimeError, MemoryError, OSError) as raised:
+                if not is_out_of_memory(raised):
+                    raise
+                error = raised.with_traceback(None)  # its frames hold the tensors of the failed attempt
+            if error is None:
+                yield indices, result
+                batch = batch[len(indices):]
+                continue
+            empty_cache(classifier.device)
+            tokens = len(indices) * int(lengths[batch[0]])
+            if len(indices) == 1:
+                raise UserError(f"out of memory for a single review of {tokens} tokens on {classifier.device}; free "
+                                "what other programs hold of it, or take a smaller model or a shorter context"
+                                ) from error
+            classifier.evaluation_tokens = tokens // 2
+            log(f"Out of memory with {len(indices)} reviews at once; evaluating {tokens // 2:,} tokens at a time",
+                file=sys.stderr)
 
 
 def predict(reviews, classifier):
@@ -94,14 +142,13 @@ def predict(reviews, classifier):
     """
     was_training = classifier.model.training
     classifier.model.eval()
-    share = np.arange(distributed.rank(), len(reviews), distributed.size())
-    order = [share[indices] for indices in
-             evaluation_order(reviews.padded(reviews.lengths[share]), EVALUATION_TOKENS[classifier.device.type])]
+    share, lengths = np.arange(distributed.rank(), len(reviews), distributed.size()), reviews.padded(reviews.lengths)
+    batches = [share[indices] for indices in evaluation_order(lengths[share], classifier.evaluation_tokens)]
     with evaluating(classifier):
-        logits = [classifier(reviews.batch(indices).to(classifier.device)) for indices in evaluation_bar(order)]
+        parts = list(compute_batches(lambda indices: classifier(reviews.batch(indices).to(classifier.device)),
+                                     evaluation_bar(batches), lengths, classifier))
     classifier.model.train(was_training)
-    order, logits = zip(*distributed.gather([(indices, part.cpu()) for indices, part in
-                                             zip(order, logits, strict=True)]), strict=True)
+    order, logits = zip(*distributed.gather([(indices, part.cpu()) for indices, part in parts]), strict=True)
     logits = torch.cat(logits)
     in_order = torch.empty_like(logits)
     in_order[torch.from_numpy(np.concatenate(order))] = logits
@@ -160,7 +207,7 @@ def train_classifier_simple(classifier, optimizer, train, validation, *, num_epo
     last_step = count_steps(len(train), batch_size, num_epochs, max_steps)
     started = time.perf_counter() - progress.seconds
     classifier.model.train()
-    learner = distributed.learner(classifier)
+    learner = distributed.learner(classifier, lambda: has_unused_parameters(classifier, train.batch([0])))
     while progress.step < last_step:
         epoch, steps_done = divmod(progress.step, steps_per_epoch)
         if progress.order is None:

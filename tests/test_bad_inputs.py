@@ -361,6 +361,6 @@ def test_running_out_of_memory_for_real(folder):
     process.start()
     assert end(process) == 2, (folder / "log.err").read_text()
     assert (folder / "log.err").read_text().splitlines()[-1] == (
-        "train_bert_hf.py: out of memory; try --accumulate 2 or more, a smaller --batch_size or a shorter "
-        "--context_length")
+        "train_bert_hf.py: out of memory in training; try --accumulate 2 or a shorter --context_length or "
+        "--trainable_layers last_block")
     assert not (folder / "run").exists()

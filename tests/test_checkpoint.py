@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_CONFIGS, save_encoder
 
 import train_bert_hf
-from finetuning import checkpoint, records
+from finetuning import checkpoint, records, runtime
 from finetuning.errors import UserError
 from finetuning.plots import CURVES
 
@@ -113,6 +113,49 @@ def test_another_model_of_the_same_name_is_refused(interrupted, tmp_path):
     save_encoder(tmp_path / "model", TINY_CONFIGS["distilbert"])
     with pytest.raises(UserError, match="the model is not the one"):
         train_bert_hf.main(command)
+
+
+@pytest.mark.parametrize("flags", [["--accumulate", "2"], ["--compile"], ["--device", "cpu"]])
+def test_what_makes_no_difference_may_change(flags, interrupted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    *_, command = interrupted
+    train_bert_hf.main([*command, *flags])
+    assert len(records.read_record(tmp_path / "run")["losses"]) == 12
+    assert "Precision: fp32 (as the run began)" in capsys.readouterr().err
+
+
+def test_another_precision_may_be_asked_for_and_is_told(interrupted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx512_bf16"})
+    *_, command = interrupted
+    told = ("as asked; fp32 up to step 3, so that the numbers will differ from those of an uninterrupted run")
+    train_bert_hf.main([*command, "--precision", "bf16"])
+    assert f"Precision: bf16 ({told})" in capsys.readouterr().err
+    assert records.read_record(tmp_path / "run")["precision"] == {"used": "bf16", "why": told}
+
+
+def test_without_a_precision_the_run_keeps_its_own_and_tells_where_it_is_emulated(interrupted, monkeypatch, capsys):
+    newest, _, command = interrupted
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx2"})
+    checkpoint.write(checkpoint.read(newest) | {"precision": "bf16"}, newest)
+    train_bert_hf.main([*command, "--precision", "auto"])
+    assert ("Precision: bf16 (as the run began; this CPU emulates bf16, which is slower than fp32"
+            in capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("began", "resumed"), [([], ["--precision", "fp32"]), (["--precision", "fp32"], []),
+                                                (["--precision", "bf16"], ["--precision", "fp32"])])
+def test_a_run_in_another_precision_is_found_by_its_name(began, resumed, command, tmp_path, monkeypatch):
+    """The default folder's name tells the precision."""
+    monkeypatch.chdir(tmp_path)
+    command = [argument for argument in command if argument not in ("--precision", "fp32")]
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(Killed):
+            train_bert_hf.main([*command, *began])
+    folder, = (tmp_path / "results").iterdir()
+    train_bert_hf.main([*command, *resumed, "--resume"])
+    assert list((tmp_path / "results").iterdir()) == [folder]
+    assert records.read_record(folder)["name"] == folder.name
 
 
 def test_another_kind_of_device_is_refused(interrupted):

@@ -1,7 +1,10 @@
+import errno
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY_CONFIGS, save_encoder
@@ -16,7 +19,8 @@ import train_sklearn_logreg
 from benchmarks import growth, precision
 from benchmarks import run as speed
 from finetuning import cli
-from finetuning.experiment import memory_advice
+from finetuning.errors import UserError
+from finetuning.experiment import memory_advice, memory_remedies
 from finetuning.records import read_record
 
 TRAINERS = [train_gpt, train_bert_hf, train_sklearn_logreg]
@@ -110,9 +114,22 @@ def test_an_output_folder_that_cannot_be_written(data_dir, tmp_path, capsys, mon
     assert printed.out == ""  # said before the work, not after
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
-                                   RuntimeError("could not create a primitive")])
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    np._core._exceptions._ArrayMemoryError((2**40,), np.dtype("float32")),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.02 GB, max allowed: 9.07 GB)"),
+    RuntimeError("Invalid buffer size: 24.00 GB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4294967296 bytes"),
+    RuntimeError("std::bad_alloc"), RuntimeError("could not create a primitive")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_path, capsys, monkeypatch):
     def train(*args, **kwargs):
         raise error
@@ -123,12 +140,41 @@ def test_running_out_of_memory_ends_in_advice(error, tiny_gpt, data_dir, tmp_pat
         cli.run(train_gpt.main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "train_gpt.py: out of memory; try --accumulate 2 or more, a smaller --batch_size or a shorter --context_length")
+        "train_gpt.py: out of memory in training; try --accumulate 2 or a shorter --context_length")
 
 
-def test_other_errors_of_the_matrix_library_are_bugs_and_keep_their_traceback():
-    with pytest.raises(RuntimeError, match="descriptor"), memory_advice():
-        raise RuntimeError("could not create a primitive descriptor for a matmul primitive")
+@pytest.mark.parametrize("error", [
+    RuntimeError("could not create a primitive descriptor for a matmul primitive"),
+    torch.AcceleratorError("CUDA error: device-side assert triggered"), OSError(errno.ENOENT, "No such file"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), UserError("out of memory")], ids=repr)
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as raised, memory_advice():
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "layers", "resume", "processes", "advice"), [
+    (8, 1, "all", False, 1, ["--accumulate 2", "a shorter --context_length", "--trainable_layers last_block"]),
+    (8, 3, "last_block", False, 1, ["--accumulate 6", "a shorter --context_length"]),
+    (8, 6, "last_block", False, 1, ["--accumulate 8", "a shorter --context_length"]),  # 16 would be refused
+    (8, 8, "last_block", False, 1, ["a shorter --context_length", "a smaller model"]),  # there is nothing to cut
+    (8, 1, "last_block", False, 8, ["a shorter --context_length", "a smaller model"]),
+    (8, 1, "all", True, 1, ["--accumulate 2"]), (1, 1, "all", True, 1, ["a device with more memory"])])
+def test_advice_about_memory_is_advice_that_can_help(batch_size, accumulate, layers, resume, processes, advice,
+                                                     monkeypatch):
+    monkeypatch.setattr("finetuning.distributed.size", lambda: processes)
+    assert memory_remedies(Namespace(batch_size=batch_size, accumulate=accumulate, trainable_layers=layers,
+                                     resume=resume)) == advice
+
+
+def test_a_model_that_does_not_fit_is_told_from_a_batch_that_does_not(failing, tiny_gpt, data_dir, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train_gpt.GPTClassifier, "to", too_large)
+    monkeypatch.setattr("finetuning.experiment.note", lambda message: None)
+    assert failing(train_gpt.main, "--model_size", tiny_gpt, "--weights", "random", "--data_dir", data_dir,
+                   "--context_length", "16", "--output_dir", data_dir / "run") == (
+        "script.py: out of memory before training; try a smaller model or a device with more memory")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it imports its compiler

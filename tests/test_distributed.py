@@ -71,21 +71,45 @@ def test_two_processes_learn_what_one_does(gpt, tmp_path, capsys):
     assert record["command"].startswith("torchrun --nproc_per_node 2 tiny_gpt.py --model_size ")
 
 
+# A weight that trains and is never used, as some models of the Hub have them.
+UNUSED = """
+import runpy, sys
+sys.path.insert(0, {repository!r})
+import torch
+from finetuning import experiment
+place = experiment.place
+
+def place_with_unused(setting, model, *arguments):
+    model.unused = torch.nn.Parameter(torch.ones(3))
+    return place(setting, model, *arguments)
+experiment.place = place_with_unused
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 def test_two_processes_that_accumulate_learn_what_one_does(settings, tmp_path):
-    """A batch of 7 is cut into shares of 4 and 3 reviews, and these into parts of 2, 1 and 1, and of 1, 1 and 1."""
+    """A batch of 7 is cut into shares of 4 and 3 reviews, and these into parts of 2, 1 and 1, and of 1, 1 and 1.
+
+    A weight that gets no gradient is in nobody's way.
+    """
     config = copy.deepcopy(TINY_CONFIGS["bert"])
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     save_encoder(tmp_path / "model", config)
     command = ["--model", str(tmp_path / "model"), *settings]
-    done = torchrun(REPOSITORY / "train_bert_hf.py", *command, "--accumulate", 3, "--output_dir", tmp_path / "two")
+    script = tmp_path / "script.py"
+    script.write_text(UNUSED.format(repository=str(REPOSITORY), script=str(REPOSITORY / "train_bert_hf.py")))
+    done = torchrun(script, *command, "--accumulate", 3, "--output_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     train_bert_hf.main([*command, "--output_dir", str(tmp_path / "one")])
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-# A run with dropout whose first process is interrupted while it is at step `stop`.
+# A run with dropout whose first process is interrupted while it is at step `stop`. The other one writes to a folder of
+# its own, as on another machine: there is no checkpoint.
 INTERRUPTED = """
-import runpy, signal, sys
+import os, runpy, signal, sys
+if os.environ["RANK"] != "0":
+    sys.argv[-1] += "-elsewhere"
 sys.path.insert(0, {repository!r})
 import train_gpt
 from finetuning import experiment
@@ -118,6 +142,7 @@ def test_an_interrupted_run_of_two_processes_ends_in_the_same_numbers(gpt, tmp_p
     cut, whole = (read_record(tmp_path / folder) for folder in ("cut", "whole"))
     for key in ("losses", "curve", "epochs", "accuracy"):
         assert cut[key] == whole[key]
+    assert not list(tmp_path.glob("*-elsewhere"))
 
 
 def test_a_mistake_is_one_line(gpt):
@@ -150,6 +175,35 @@ def test_trouble_in_one_process_is_one_line(gpt, tmp_path):
     assert done.returncode != 0
     assert done.stdout == ""
     assert said(done) == ["trouble"]
+    assert "Error: " not in done.stderr.replace("ChildFailedError: ", "")
+
+
+# The last process dies as if the system had killed it.
+KILLED = """
+import os, runpy, signal, sys
+sys.path.insert(0, {repository!r})
+from finetuning import {module}
+original = {module}.{function}
+
+def kill(*arguments, **settings):
+    if os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **settings)
+{module}.{function} = kill
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("rank", "module", "function"), [(1, "loop", "calc_loss_batch"), (0, "experiment", "prepare")])
+def test_a_process_killed_by_the_system_is_one_line_of_another(rank, module, function, gpt, tmp_path):
+    """In the midst of training, and before, while the others wait for it."""
+    script = tmp_path / "script.py"
+    script.write_text(KILLED.format(repository=str(REPOSITORY), script=str(TINY_GPT), rank=rank, module=module,
+                                    function=function))
+    done = torchrun(script, *gpt, "--output_dir", tmp_path / "run")
+    assert done.returncode != 0
+    assert said(done) == [f"process {rank} died without an error message, as where the system kills one for want of "
+                          "memory; try fewer processes (--nproc_per_node) or --accumulate 2 or more"]
     assert "Error: " not in done.stderr.replace("ChildFailedError: ", "")
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 import train_bert_hf
 import train_gpt
 from finetuning import features, records
-from finetuning.features import compute_once, fit_in_memory, freeze_features, is_fixed
+from finetuning.features import compute_once, fit_in_memory, freeze_features, freeze_hidden_states, is_fixed
 from finetuning.layers import set_trainable
 from finetuning.loop import Classifier, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
@@ -112,6 +112,36 @@ def test_in_one_epoch_the_log_lines_come_from_hidden_states(read_logits, monkeyp
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     assert len(set(curves[0])) == 6
     assert blocks == [False, True]
+
+
+def test_hidden_states_are_computed_in_batches_that_fit(capsys):
+    """1,200 tokens at once are too many; the states are those of the model without that limit."""
+    dataset, states = gpt_dataset(reviews(50)), []
+    for capacity in (10**9, 300):
+        model, _ = gpt()
+        embed, sizes = model.tok_emb.forward, []
+
+        def forward(ids, capacity=capacity, embed=embed, sizes=sizes):
+            sizes.append(ids.numel())
+            if ids.numel() > capacity:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return embed(ids)
+        model.tok_emb.forward = forward
+        states.append(freeze_hidden_states(Classifier(model, train_gpt.read_last, CPU), dataset).token_ids)
+    assert sizes[:3] == [1200, 600, 300 - 300 % 24]
+    torch.testing.assert_close(torch.from_numpy(states[1]), torch.from_numpy(states[0]))
+    assert capsys.readouterr().err.count("Out of memory") == 2
+
+
+def test_processes_share_the_memory_of_their_machine(monkeypatch):
+    model, _ = gpt()
+    dataset = gpt_dataset(reviews(50))
+    size = 50 * dataset.pad_to * model.tok_emb.embedding_dim * 4
+    monkeypatch.setattr("finetuning.distributed.size", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for free, fits in ((4 * size, False), (4 * size + 4, True)):
+        monkeypatch.setattr(features, "available_memory", lambda free=free: free)
+        assert fit_in_memory(model, [dataset]) == fits
 
 
 def test_hidden_states_need_memory_for_all_that_is_read(monkeypatch):

@@ -1,6 +1,7 @@
 import copy
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from finetuning.loop import (
     calc_loss_batch,
     calc_loss_loader,
     evaluate_model,
+    has_unused_parameters,
     predict,
     train_classifier_simple,
 )
@@ -267,3 +269,90 @@ def test_the_losses_fall():
     model, layers = gpt()
     progress = train(model, layers.head, train_gpt.average_real, gpt_dataset(reviews(200)), num_epochs=8)
     assert progress.curve[-1]["train_loss"] < 0.9 * progress.curve[0]["train_loss"]
+
+
+class Small(nn.Module):
+    """FirstToken, for which a batch of more than `capacity` tokens is too much; checks that what failed was freed."""
+
+    def __init__(self, capacity, error=None):
+        super().__init__()
+        self.capacity, self.held, self.batches = capacity, None, []
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def forward(self, input_ids):
+        assert self.held is None or self.held() is None, "what failed is still there"
+        activations = input_ids.float()
+        self.batches.append((input_ids.numel(), input_ids[:, 0].tolist()))
+        if input_ids.numel() > self.capacity:
+            self.held = weakref.ref(activations)
+            raise self.error
+        return FirstToken()(input_ids)
+
+
+def small_classifier(*arguments, device=CPU):
+    return Classifier(Small(*arguments), lambda model, batch: model(batch.input_ids), device)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("MPS backend out of memory"), MemoryError()])
+def test_evaluation_halves_its_batches_until_they_fit(error, monkeypatch, capsys):
+    """32 reviews of 1 to 4 tokens: batches of 64 tokens, which do not fit, of 32, which do not, and of at most 16."""
+    monkeypatch.setitem(EVALUATION_TOKENS, "cpu", 64)
+    dataset = IMDbDataset(flatten([[i] * (i % 4 + 1) for i in range(32)], [0] * 32), pad_token_id=0)
+    classifier = small_classifier(20, error)
+    assert predict(dataset, classifier)[:, 1].tolist() == list(range(32))  # in order, none left out
+    tried, done = [], []
+    for tokens, reviews_of_batch in classifier.model.batches:
+        (done if tokens <= 20 else tried).append((tokens, reviews_of_batch))
+    assert [tokens for tokens, _ in tried] == [64, 32]
+    assert sorted(review for _, part in done for review in part) == list(range(32))  # none computed twice
+    assert capsys.readouterr().err.splitlines() == [
+        "Out of memory with 16 reviews at once; evaluating 32 tokens at a time",
+        "Out of memory with 8 reviews at once; evaluating 16 tokens at a time"]
+    classifier.model.batches.clear()
+    predict(dataset, classifier)  # the next evaluation knows
+    assert max(tokens for tokens, _ in classifier.model.batches) == 16
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_computed_is_not_computed_again_when_memory_runs_out_later(monkeypatch):
+    monkeypatch.setitem(EVALUATION_TOKENS, "cpu", 8)
+    dataset = IMDbDataset(flatten([[i] for i in range(20)], [0] * 20), pad_token_id=0)
+    classifier = small_classifier(8)
+
+    def shrink(model, inputs):
+        if len(model.batches) == 1:
+            model.capacity = 4
+    classifier.model.register_forward_pre_hook(shrink)
+    assert predict(dataset, classifier)[:, 1].tolist() == list(range(20))
+    assert [len(part) for _, part in classifier.model.batches] == [8, 8, 4, 4, 4]
+
+
+def test_a_single_review_that_does_not_fit_is_an_error_of_the_users():
+    dataset = IMDbDataset(flatten([[1] * 7, [2] * 9], [0, 0]), pad_token_id=0)
+    classifier = small_classifier(8)
+    with pytest.raises(UserError, match="out of memory for a single review of 9 tokens on cpu"):
+        predict(dataset, classifier)
+    assert [tokens for tokens, _ in classifier.model.batches] == [18, 9]
+
+
+def test_other_errors_of_an_evaluation_are_not_tried_again():
+    dataset = IMDbDataset(flatten([[1] * 7, [2] * 9], [0, 0]), pad_token_id=0)
+    classifier = small_classifier(8, RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="assert"):
+        predict(dataset, classifier)
+    assert len(classifier.model.batches) == 1
+
+
+def test_unused_parameters_are_found_without_a_trace():
+    model, _ = gpt()
+    dataset = gpt_dataset(reviews(4))
+    classifier = Classifier(model.train(), train_gpt.read_last, CPU)
+    state = torch.get_rng_state()
+    assert not has_unused_parameters(classifier, dataset.batch([0]))
+    model.unused = nn.Parameter(torch.ones(2))
+    assert has_unused_parameters(classifier, dataset.batch([0]))
+    model.unused.requires_grad_(False)
+    assert not has_unused_parameters(classifier, dataset.batch([0]))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)

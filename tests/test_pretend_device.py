@@ -5,17 +5,21 @@ import torch
 from conftest import TINY_CONFIGS, reviews, save_encoder
 from pretend_device import DeviceMismatch, pretend_device
 from test_checkpoint import Killed, kill_after
+from test_loop import small_classifier
 
 import predict
 import train_bert_hf
 import train_gpt
 from finetuning import checkpoint, records
-from finetuning.batches import Batch
+from finetuning.batches import Batch, IMDbDataset
+from finetuning.loop import EVALUATION_TOKENS
+from finetuning.loop import predict as predict_logits
+from finetuning.tokens import flatten
 
 KINDS = ["cuda", "mps"]
-GPT_MODES = [[*position, *average] for position in ([], ["--trainable_token_pos", "first"],
-                                                    ["--trainable_token_pos", "flexible"])
-             for average in ([], ["--average_embeddings"])]
+FLEXIBLE = ["--trainable_token_pos", "flexible"]
+GPT_MODES = [[], ["--trainable_token_pos", "first"], FLEXIBLE, ["--average_embeddings"],
+             [*FLEXIBLE, "--average_embeddings"]]
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def flags(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rehearse(flags, tmp_path, monkeypatch, capsys):
-    """Train on a pretend device, be killed after step 3, resume, and check what predict.py prints; return the record."""
+    """Train on a pretend device, be killed after step 3, resume, and check predict.py's output; return the record."""
     def run(script, device, *arguments, **pretended):
         folder = tmp_path / "rehearsal"
         arguments = [*arguments, *flags, "--device", device, "--output_dir", str(folder)]
@@ -96,6 +100,21 @@ def test_an_encoder_resumed_there_ends_in_the_same_numbers(name, device, argumen
     assert record["precision"]["used"] == ("fp32" if device == "mps" else "bf16")
     for key in ("losses", "curve", "epochs", "accuracy"):
         assert record[key] == expected[key]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_for_which_memory_is_too_small_there_empties_the_cache(kind, monkeypatch):
+    monkeypatch.setitem(EVALUATION_TOKENS, kind, 64)
+    dataset = IMDbDataset(flatten([[i] for i in range(64)], [0] * 64), pad_token_id=0)
+    emptied = []
+    with pretend_device(kind):
+        monkeypatch.setattr(getattr(torch, kind), "empty_cache", lambda: emptied.append(1))
+        classifier = small_classifier(20, device=torch.device(kind, 0))
+        logits = predict_logits(dataset, classifier)
+        monkeypatch.undo()
+    assert logits[:, 1].tolist() == list(range(64))
+    assert [tokens for tokens, _ in classifier.model.batches] == [64, 32, 16, 16, 16, 16]
+    assert emptied == [1, 1]
 
 
 def state_of_another_device(device):
