@@ -31,16 +31,18 @@ class Classifier:
     read_logits: Callable[[nn.Module, Batch], torch.Tensor]
     device: torch.device
     precision: str = "fp32"
-    evaluation_tokens: int | None = None  # in a batch of evaluation; None: EVALUATION_TOKENS
-
-    def __post_init__(self):
-        self.evaluation_tokens = self.evaluation_tokens or EVALUATION_TOKENS[self.device.type]
+    max_evaluation_tokens: float = math.inf  # where memory has run out, how many to try instead
 
     def __call__(self, batch):
         """Batch on the classifier's device -> logits (batch, classes), float32."""
         with autocast(self.device, self.precision), quick_cpu() if self.quick else nullcontext():
             # A copy: where a compiled model runs as a CUDA graph, its next call overwrites what this one returned.
             return self.read_logits(self.model, batch).to(torch.float32, copy=True)
+
+    @property
+    def evaluation_tokens(self):
+        """The tokens in a batch of evaluation."""
+        return min(EVALUATION_TOKENS[self.device.type], self.max_evaluation_tokens)
 
     @property
     def quick(self):
@@ -129,7 +131,7 @@ def compute_batches(compute, batches, lengths, classifier):
                 raise UserError(f"out of memory for a single review of {tokens} tokens on {classifier.device}; free "
                                 "what other programs hold of it, or take a smaller model or a shorter context"
                                 ) from error
-            classifier.evaluation_tokens = tokens // 2
+            classifier.max_evaluation_tokens = tokens // 2
             log(f"Out of memory with {len(indices)} reviews at once; evaluating {tokens // 2:,} tokens at a time",
                 file=sys.stderr)
 
