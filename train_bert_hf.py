@@ -31,6 +31,7 @@ from finetuning.cli import (
 from finetuning.errors import UserError
 from finetuning.experiment import run_experiment
 from finetuning.hub import (
+    EXAMPLE,
     check_cached_weights,
     check_finite,
     encoder_of,
@@ -39,6 +40,7 @@ from finetuning.hub import (
     refuse_adapter,
     set_padding,
     trial_of,
+    trial_reviews,
 )
 from finetuning.layers import (
     OutputLayers,
@@ -53,7 +55,6 @@ from finetuning.reviews import LABELS
 from finetuning.tokens import Tokenizer, flatten, load_tokens
 
 NUM_CLASSES = len(LABELS)
-EXAMPLE = "A film to remember, with a plot that holds and a cast that is a joy to watch."
 # What the configuration of a checkpoint may ask for and a classifier of reviews does not have.
 CONFIG = {"problem_type": "single_label_classification", "return_dict": True, "output_attentions": False,
           "output_hidden_states": False}
@@ -101,9 +102,10 @@ def build(args):
     settings = {"use_attention_mask": args.use_attention_mask == "true", "context_length": length,
                 "padding_side": "right"}
     if args.model not in MODELS:
+        trials = trial_reviews(tokenizer, length)
         settings["padding_side"] = find_padding_side(
-            args.model, model, read_logits,
-            lambda **padding: dataset(sets[0], tokenizer, **settings | padding), settings["use_attention_mask"])
+            args.model, model, read_logits, lambda **padding: dataset(trials, tokenizer, **settings | padding),
+            settings["use_attention_mask"])
     datasets = [dataset(tokens, tokenizer, **settings, few=args.compile) for tokens in sets]
     return model, layers.head, read_logits, partial(save, model, tokenizer, settings), *datasets
 

@@ -16,6 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from finetuning.errors import UserError
 from finetuning.files import sha256
 from finetuning.layers import trial_copy
+from finetuning.tokens import flatten
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -23,7 +24,8 @@ TOKENIZER_LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
 # What a tokenizer's files hold of where it was loaded from and how it was called last.
 PASSING = {"tokenizer.json": {"truncation", "padding"},
            "tokenizer_config.json": {"is_local", "local_files_only", "name_or_path"}}
-SAMPLE = 8  # reviews to try a model with
+EXAMPLE = "A film to remember, with a plot that holds and a cast that is a joy to watch."
+TRIALS = 5  # reviews to try a model with
 TOLERANCE = 1e-4  # of logits, between a review alone and in a padded batch
 
 
@@ -104,6 +106,14 @@ def fingerprint(tokenizer):
     return digest.hexdigest()
 
 
+def trial_reviews(tokenizer, context_length):
+    """Return the Tokens of a few reviews to try a model with, from a few words to `context_length` tokens."""
+    words = EXAMPLE.split() * context_length
+    counts = np.geomspace(4, max(4, context_length), TRIALS).astype(int)
+    texts = [" ".join(words[:count]) for count in counts]
+    return flatten(encoder_of(tokenizer)(texts, context_length), [0] * len(texts))
+
+
 @contextlib.contextmanager
 def trial_of(name):
     """Turn whatever another architecture raises when it is tried into one line."""
@@ -118,9 +128,9 @@ def trial_of(name):
 def find_padding_side(name, model, read_logits, dataset, use_attention_mask):
     """Return the side on which padding leaves a model's predictions as they are: "right" where it can be.
 
-    `dataset(use_attention_mask=..., padding_side=...)` returns reviews, of which some are
-    classified alone and in one batch. Raises UserError if that fails, or if neither side will do
-    while the batches are padded to different lengths.
+    `dataset(use_attention_mask=..., padding_side=...)` returns a few reviews of different lengths.
+    Raises UserError if they cannot be classified, or if neither side will do while the batches are
+    padded to different lengths.
     """
     with trial_of(name):
         with trial_copy(model) as trial:
@@ -138,11 +148,10 @@ def find_padding_side(name, model, read_logits, dataset, use_attention_mask):
 
 
 def ignores_padding(model, read_logits, reviews):
-    """Whether a model's logits for reviews of different lengths are the same alone and in one batch."""
-    by_length = reviews.lengths.argsort(kind="stable")
-    sample = np.unique(by_length[np.linspace(0, len(by_length) - 1, SAMPLE, dtype=int)])
+    """Whether a model's logits are the same for each review alone and for all in one batch."""
+    indices = range(len(reviews))
     with trial_copy(model) as trial:
-        together = read_logits(trial.eval(), reviews.batch(sample))
+        together = read_logits(trial.eval(), reviews.batch(indices))
     with trial_copy(model) as trial:
-        alone = torch.cat([read_logits(trial.eval(), reviews.batch([index])) for index in sample])
+        alone = torch.cat([read_logits(trial.eval(), reviews.batch([index])) for index in indices])
     return torch.allclose(alone, together, rtol=TOLERANCE, atol=TOLERANCE)

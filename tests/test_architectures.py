@@ -1,5 +1,7 @@
 """Every sequence classifier of Transformers, as tiny as its configuration allows: right, or refused in one line."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import reviews, tiny_tokenizer
@@ -8,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 import train_bert_hf
 from finetuning.errors import UserError
-from finetuning.hub import encoder_of, find_padding_side, set_padding
+from finetuning.hub import encoder_of, find_padding_side, set_padding, trial_reviews
 from finetuning.loop import Classifier, evaluating, predict
 from finetuning.tokens import flatten
 
@@ -82,18 +84,19 @@ def tiny_model(kind):
 
 
 def load(kind):
-    """A tiny classifier as `load_model` leaves it, and a function that returns reviews padded as one asks."""
+    """A tiny classifier as `load_model` leaves it; functions that pad some reviews, and those of a trial, as one asks.
+    """
     model = tiny_model(kind)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
     tokenizer = tiny_tokenizer()
     set_padding("tiny", model, tokenizer)
-    tokens = flatten(encoder_of(tokenizer)(reviews(4)["text"].tolist(), 24), [0, 1, 0, 1])
-    assert len(set(tokens.lengths)) == 4
+    tokens = flatten(encoder_of(tokenizer)(reviews(3)["text"].tolist(), 24), [0, 1, 0])
+    assert len(set(tokens.lengths)) == 3
     train_bert_hf.replace_output_layer("tiny", model, tokenizer)
 
-    def dataset(use_attention_mask=True, padding_side="right"):
+    def dataset(tokens, use_attention_mask=True, padding_side="right"):
         return train_bert_hf.dataset(tokens, tokenizer, use_attention_mask, 24, padding_side)
-    return model, dataset
+    return model, partial(dataset, tokens), partial(dataset, trial_reviews(tokenizer, 24))
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.model_type)
@@ -103,18 +106,18 @@ def test_predictions_do_not_depend_on_the_batch(kind):
         with pytest.raises((ImportError, ValueError), match=UNBUILDABLE[kind.model_type]):
             tiny_model(kind)
         return
-    model, dataset = load(kind)
+    model, dataset, trials = load(kind)
     model.eval()
     if kind.model_type in REFUSED:
         with pytest.raises(UserError, match=REFUSED[kind.model_type]):
-            find_padding_side("tiny", model, train_bert_hf.read_logits, dataset, True)
+            find_padding_side("tiny", model, train_bert_hf.read_logits, trials, True)
         return
-    side = find_padding_side("tiny", model, train_bert_hf.read_logits, dataset, True)
+    side = find_padding_side("tiny", model, train_bert_hf.read_logits, trials, True)
     assert side == ("left" if kind.model_type == "xlnet" else "right")
     data = dataset(padding_side=side)
     classifier = Classifier(model, train_bert_hf.read_logits, torch.device("cpu"))
     together = predict(data, classifier)
     with evaluating(classifier):
-        alone = torch.cat([classifier(data.batch([index])) for index in range(4)])
+        alone = torch.cat([classifier(data.batch([index])) for index in range(3)])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
     assert together.std(dim=0).min() > 1e-4 or kind.model_type == "mra"
