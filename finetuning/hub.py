@@ -77,7 +77,8 @@ def encoder_of(tokenizer):
                          return_token_type_ids=False, **settings)["input_ids"]
     special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     # A vocabulary made by SentencePiece holds them as pieces of text, too: a space breaks them up.
-    whole = [token for token, number in special.items() if number in tokenize(token, add_special_tokens=False)]
+    whole = [token for token, number in special.items()
+             if len(token) > 1 and number in tokenize(token, add_special_tokens=False)]
     pattern = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in whole))
 
     def encode(texts, max_length):
@@ -122,6 +123,8 @@ def trial_of(name):
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
+        if "memory" in str(error) or "could not create a primitive" in str(error):
+            raise  # out of memory on a CPU, about which more can be said
         raise UserError(f"--model {name} cannot classify reviews: {type(error).__name__}: {error}") from error
 
 
@@ -134,7 +137,7 @@ def find_padding_side(name, model, read_logits, dataset, use_attention_mask):
     """
     with trial_of(name):
         with trial_copy(model) as trial:
-            read_logits(trial.train(), dataset().batch([0]))
+            read_logits(trial.train(), dataset().batch(range(TRIALS)))
         for side in ("right", "left"):
             if ignores_padding(model, read_logits, dataset(use_attention_mask=True, padding_side=side)):
                 return side

@@ -186,7 +186,7 @@ def test_a_head_of_several_layers_trains_as_it_is():
     model = AutoModelForSequenceClassification.from_config(config)
     layers = train_bert_hf.output_layers("roberta", model)
     set_trainable(model, "last_layer", layers)
-    dataset = encoder_dataset(reviews(50))
+    dataset = encoder_dataset(reviews(120))  # more than one batch of evaluation
     expected = losses(Classifier(copy.deepcopy(model), train_bert_hf.read_logits, CPU), None, dataset)
     before = copy.deepcopy(model.state_dict())
     settings = Namespace(trainable_layers="last_layer", num_epochs=3, eval_iter=2, batch_size=8)
