@@ -115,7 +115,8 @@ def read_archive(path):
         raise UserError(f"{path} {archive_fault(path, 'no members')}")
     if not roots:
         raise UserError(f"{path} holds no reviews in {', '.join(FOLDERS)}; it begins with {', '.join(names)}")
-    return defaultdict(dict, roots[choose_root(roots, path)])
+    reviews = roots[choose_root(roots, path)]
+    return {folder: reviews[folder] for folder in FOLDERS}
 
 
 def archive_fault(path, reason):
@@ -143,7 +144,7 @@ def read_folder(path):
     if not roots:
         raise UserError(f"{path} is {folder_kind(path)}, without the reviews in {', '.join(FOLDERS)}{advice(path)}")
     root = choose_root(roots, path)
-    reviews = defaultdict(dict)
+    reviews = {folder: {} for folder in FOLDERS}
     for folder in FOLDERS:
         for file in (root / folder).glob("*.txt"):
             if REVIEW_NAME.fullmatch(f"{folder}/{file.name}") and file.is_file() and not file.is_symlink():

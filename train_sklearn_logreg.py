@@ -27,7 +27,7 @@ from finetuning.files import held
 from finetuning.machine import cpu_name, process_peak_memory, usable_cpus
 from finetuning.ngrams import NBLogCountRatio
 from finetuning.plots import draw_run
-from finetuning.reviews import copies_in_training_set, load_dataframes
+from finetuning.reviews import copies_in_training_set, count_line, load_dataframes
 from finetuning.saved import save_model
 
 WORDS, ARRAYS = "vocabulary.json", "arrays.safetensors"
@@ -86,6 +86,7 @@ def run_baselines(args, name, folder):
     train, validation, test = load_dataframes(args.data_dir)
     facts = records.facts(args)
     records.check_replaceable(folder, facts)
+    note(count_line(len(train), len(validation), len(test)))
 
     started = time.perf_counter()
     features = FEATURES[args.features]

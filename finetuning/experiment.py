@@ -21,7 +21,7 @@ from finetuning.layers import count_parameters
 from finetuning.loop import Classifier, Progress, accuracy, count_steps, predict, train_classifier_simple
 from finetuning.optimizers import build_optimizer
 from finetuning.plots import draw_run
-from finetuning.reviews import check_dataset, copies_in_training_set
+from finetuning.reviews import check_dataset, copies_in_training_set, count_line
 from finetuning.runtime import (
     check_compiler,
     compile_model,
@@ -114,6 +114,7 @@ def choose_precision(name, device, checkpoint):
 def fine_tune(args, name, setting, model, head, read_logits, save, train, validation, test):
     """What `run_experiment` says, once all that it needs is there."""
     folder, facts, copies, checkpoint, *_ = setting
+    note(count_line(len(train), len(validation), len(test)))
     with memory_advice():
         classifier, described = place(setting, model, read_logits, args)
     started = time.perf_counter()

@@ -63,6 +63,8 @@ def content_kind(start):
         return ZEROS
     if start[TAR_MAGIC] == b"ustar":
         return TAR
+    if compressed := [name for magic, (name, _) in COMPRESSED.items() if start.startswith(magic)]:
+        return f"a {compressed[0]} file"
     folded = start.lstrip().lower()
     return next((kind for magic, kind in SIGNATURES.items() if start.startswith(magic) or folded.startswith(magic)),
                 None)

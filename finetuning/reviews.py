@@ -1,16 +1,25 @@
 """Reading the three CSV files and checking that they hold what the training needs."""
 
+import csv
+import io
+import re
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from finetuning.errors import UserError
+from finetuning.filetypes import content_kind
 
 SPLITS = ("train", "validation", "test")
 LABELS = ("negative", "positive")  # the names of the labels 0 and 1
 COLUMNS = ("text", "label")
 CHUNK = 5_000  # reviews read at a time
+# As strings, nothing taken for missing: a review may well read "None" or "NA".
+READ = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of files that are not comma-separated
+LINE_END = r"(?:\r\n|\r|\n)"
 PREPARE = "python download_prepare_dataset.py"
 
 
@@ -74,32 +83,107 @@ def copies_in_training_set(data_dir):
     return np.array([hash(text) in seen for frame in iterate_reviews(test) for text in frame["text"]])
 
 
+def count_line(train, validation, test):
+    """Return the status line on how many reviews each file gave."""
+    return f"Reviews: {train:,} training, {validation:,} validation, {test:,} test"
+
+
 def iterate_reviews(path, columns=COLUMNS):
     """Read a CSV file as `read_reviews` does, but a data frame of CHUNK reviews, with these columns, at a time."""
     try:
-        # As strings, nothing taken for missing: a review may well read "None" or "NA".
-        with pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=CHUNK) as chunks:
+        with open(path, "rb") as file:
+            names, spaced = read_header(path, columns, file.peek())
+            stray_quotes = cache(partial(has_stray_quotes, path, spaced))
             empty = True
-            for chunk in chunks:
-                # Where rows have more fields than the header, pandas takes the first ones for names of the rows.
-                if not isinstance(chunk.index, pd.RangeIndex):
-                    raise UserError(f"{path} is not a CSV file: its rows have more fields than its first line")
-                rows = checked(chunk, path, columns)
-                if len(rows):
-                    empty = False
-                    yield rows
+            with pd.read_csv(file, **READ, skipinitialspace=spaced, chunksize=CHUNK) as chunks:
+                for chunk in chunks:
+                    # Where rows have more fields than the header, pandas takes the first ones for names of the rows.
+                    if not isinstance(chunk.index, pd.RangeIndex):
+                        raise UserError(f"{path} is not a CSV file: its rows have more fields than its first line")
+                    chunk.columns = names
+                    check_quotes(chunk, path, stray_quotes)
+                    rows = checked(chunk, path, columns)
+                    if len(rows):
+                        empty = False
+                        yield rows
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
     if empty:
         raise UserError(f"{path} holds no reviews")
 
 
+def read_header(path, columns, start):
+    """Return the names in the first line of a CSV file that begins with the bytes `start`, and whether it is spaced.
+
+    That is, whether spaces follow its commas; they do not count. Raises UserError where the file is
+    something else, one of `columns` is not there, or a name is there twice.
+    """
+    if kind := content_kind(start):
+        raise UserError(f"{path} is not a CSV file in UTF-8: it is {kind}")
+    lines = io.StringIO(start.decode(READ["encoding"], errors="replace"), newline="")
+    header = next((row for row in csv.reader(lines) if row), [""])
+    names = [name.strip() for name in header]
+    absent = [column for column in columns if column not in names]
+    if absent:
+        separators = [f" (separated by {name}, not by commas)" for mark, name in SEPARATORS.items() if mark in names[0]]
+        raise UserError(f"{path} has no column {' and no column '.join(absent)}; its columns are: "
+                        f"{', '.join(names)}{''.join(separators[:1])}")
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise UserError(f"{path} has the column {twice[0]} {names.count(twice[0])} times")
+    return names, any(name != name.lstrip() for name in header[1:])
+
+
+def check_quotes(frame, path, stray_quotes):
+    """Raise UserError where a text that begins with a quotation mark but is not quoted swallows the next rows.
+
+    Up to the next mark they become lines of the text. Such a text holds what looks like the end of
+    a row at its line ends, and mostly the next mark stands where no quoted field may end:
+    `stray_quotes()` tells that of the file. A text of several lines that is quoted passes, unless
+    every line of three or more looks like a row.
+    """
+    label = frame.columns.get_loc("label") if "label" in frame.columns else None
+    for position in set(range(frame.shape[1])) - {label}:
+        for index, text in zip(frame.index, frame.iloc[:, position].to_numpy(dtype=object), strict=True):
+            if "\n" not in text and "\r" not in text:
+                continue
+            rows, ends = (len(re.findall(pattern, text)) for pattern in
+                          (row_boundary(position, label, frame.shape[1]), LINE_END))
+            if rows and (rows == ends > 1 and label is not None or stray_quotes()):
+                raise UserError(f"{path}, review {index + 1}: the quotation mark it begins with swallows {rows} of the "
+                                'following rows; put such a text in quotation marks and double its own: """Good"" film"'
+                                )
+
+
+def row_boundary(position, label, fields):
+    """Return the pattern of a line end between unquoted rows, as seen from the field at `position`.
+
+    The rows have so many fields, a 0 or 1 in that at `label`; without labels any line end may be one.
+    """
+    if label is None:
+        return LINE_END
+    if position < label:
+        return rf", *[01] *(?:,[^,\r\n]*){{{fields - 1 - label}}}{LINE_END}"
+    return rf"{LINE_END}(?:[^,\r\n]*,){{{label}}} *[01] *,"
+
+
+def has_stray_quotes(path, spaced):
+    """Return whether a quotation mark ends a field of a CSV file, and something other than a comma follows."""
+    if not Path(path).is_file():  # a pipe, which can be read once
+        return False
+    limit = csv.field_size_limit(1 << 30)
+    try:
+        with open(path, newline="", encoding=READ["encoding"]) as file:
+            for _ in csv.reader(file, skipinitialspace=spaced, strict=True):
+                pass
+    except csv.Error:
+        return True
+    finally:
+        csv.field_size_limit(limit)
+    return False
+
+
 def checked(frame, path, columns):
     """The `columns` of rows as read from `path`: `text`, and where it is among them `label`, as integers."""
-    absent = [column for column in columns if column not in frame.columns]
-    if absent:
-        raise UserError(f"{path} has no column {' and no column '.join(absent)}; its columns are: "
-                        f"{', '.join(frame.columns)}")
     torn = frame[frame["text"].str.contains("\0", regex=False)]
     if len(torn):
         raise UserError(f"{path}, review {torn.index[0] + 1}: the text holds a NUL byte; the file is damaged")
@@ -109,7 +193,7 @@ def checked(frame, path, columns):
     if "label" not in columns:
         return frame[[*columns]]
     wrong = frame[~frame["label"].isin(["0", "1"])]
-    if len(wrong):
+    if len(wrong := wrong[~wrong["label"].str.strip().isin(["0", "1"])]):
         raise UserError(f"{path}, review {wrong.index[0] + 1}: label {wrong['label'].iloc[0]!r} "
                         "is neither 0 (negative) nor 1 (positive)")
     return frame[[*columns]].astype({"label": int})

@@ -164,7 +164,7 @@ TABLE = [
     csv("Latin-1", NEXT + "caf\u00e9,1\n".encode("latin-1"), "not a CSV file in UTF-8"),
     csv("UTF-16", NEXT.decode().encode("utf-16"), "not a CSV file in UTF-8"),
     csv("a NUL byte", NEXT + b"fi\0ne,1\n", "review 3: the text holds a NUL byte; the file is damaged", split="test"),
-    csv("NUL bytes only", bytes(4096), "has no column text"),
+    csv("NUL bytes only", bytes(4096), "it is a file of zero bytes"),
     csv("a zip file", b"PK\x03\x04\x14\0\0\0\x08\0\xff\xfe", "not a CSV file in UTF-8"),
     csv("one class", b"text,label\n" + b"good,1\n" * 48, "train.csv holds positive reviews only"),
     csv("the other class", b"text,label\n" + b"bad,0\n" * 48, "train.csv holds negative reviews only"),
