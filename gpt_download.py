@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError
+from finetuning.filetypes import refuse_lfs_pointer
 from finetuning.hub import check_cached_weights
 from finetuning.network import wrong_setting
 
@@ -65,6 +66,7 @@ def fetch(repository, filename, model_size, models_dir):
 
 def read_settings(path):
     """The model's dimensions from a published config.json, under OpenAI's names."""
+    refuse_lfs_pointer(path)
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         return {"n_vocab": config["vocab_size"], "n_ctx": config["n_positions"], "n_embd": config["n_embd"],
@@ -75,6 +77,7 @@ def read_settings(path):
 
 def read_params(path):
     """The arrays of a GPT-2 safetensors file in the book's nested layout."""
+    refuse_lfs_pointer(path)
     params = {"blocks": []}
     try:
         with safe_open(path, framework="numpy") as file:

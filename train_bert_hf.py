@@ -34,6 +34,7 @@ from finetuning.hub import (
     EXAMPLE,
     check_cached_weights,
     check_finite,
+    check_model_folder,
     encoder_of,
     find_padding_side,
     fingerprint,
@@ -98,6 +99,7 @@ def build(args):
     layers = output_layers(args.model, model, tokenizer)
     set_trainable(model, args.trainable_layers, layers)
 
+    check_context_length(args.context_length, model, tokenizer)
     sets, length = load_tokens(args.data_dir, wrap(tokenizer), args.context_length, longest_input(model, tokenizer))
     settings = {"use_attention_mask": args.use_attention_mask == "true", "context_length": length,
                 "padding_side": "right"}
@@ -175,6 +177,8 @@ def load_model(name, seed):
     transformers.logging.set_verbosity_error()  # what matters of its warnings, our own lines say
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    if name not in MODELS and Path(name).exists():
+        check_model_folder(name)
     try:
         refuse_adapter(name, source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -193,7 +197,7 @@ def load_model(name, seed):
             raise UserError(f"cannot load --model {name}: {problem}") from error
         if "trust_remote_code" in str(error):
             raise UserError(f"cannot load --model {name}: it needs code of its own, which is never run here") from error
-        known = "" if name in MODELS else f"; it is none of {', '.join(MODELS)}"
+        known = "" if name in MODELS or Path(name).exists() else f"; it is none of {', '.join(MODELS)}"
         raise UserError(f"cannot load --model {name}{known}: {error}") from error
     if not Path(source).is_dir():
         check_cached_weights(source)
@@ -263,9 +267,18 @@ def output_layers(name, model, tokenizer=None):
                         model.get_submodule(encoder.blocks)[-1])
 
 
-def longest_input(model, tokenizer):
-    """The most tokens the model can read."""
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 0]
+def check_context_length(context_length, model, tokenizer):
+    """Raise UserError if more tokens are asked for than the tokenizer allows, although the model can read more."""
+    allowed = tokenizer.model_max_length
+    if allowed < longest_input(model) and isinstance(context_length, int) and context_length > allowed:
+        raise UserError(f"--context_length {context_length} is more than the {allowed} tokens this model's tokenizer "
+                        "allows (model_max_length in its tokenizer_config.json)")
+
+
+def longest_input(model, tokenizer=None):
+    """The most tokens the model can read, and the tokenizer allows if there is one."""
+    limits = [0 if tokenizer is None else tokenizer.model_max_length,
+              getattr(model.config, "max_position_embeddings", None) or 0]
     for path, module in model.named_modules():
         if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts positions from behind its padding index.

@@ -95,7 +95,7 @@ def run_baselines(args, name, folder):
         # Free the texts: the solver needs the memory.
         train_set = vectorizer.fit_transform(train.pop("text"), train["label"]), train["label"]
     except ValueError as error:
-        raise UserError(f"the training set is too small for --features {args.features}: {error}") from error
+        raise UserError(f"cannot compute --features {args.features} of the training set: {error}") from error
     dummy = DummyClassifier(strategy="most_frequent").fit(*train_set)
     model = logistic_regression(args.features, args.seed).fit(*train_set)
     trained = time.perf_counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 import tiktoken
 
 from finetuning.errors import UserError
+from finetuning.filetypes import refuse_lfs_pointer
 
 # How GPT-2 splits a text before it looks for tokens: contractions, words, numbers, other characters, white space.
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -24,6 +25,7 @@ def read_encoding(path, size):
 
     Raises UserError where it is no such file, or holds more tokens than that.
     """
+    refuse_lfs_pointer(path)
     try:
         content = Path(path).read_bytes()
         lines = (line.split() for line in content.splitlines())

@@ -17,6 +17,7 @@ import torch
 from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.files import written_whole
+from finetuning.filetypes import refuse_lfs_pointer
 from finetuning.loop import Progress, check_losses
 from finetuning.runtime import random_state, set_random_state
 
@@ -54,7 +55,7 @@ class CheckpointWriter:
         check_losses(progress, updates=len(progress.losses))
         if not all(tensor.isfinite().all() for tensor in trainable.values()):
             raise UserError(f"weights are no finite numbers any more after update {progress.step}; "
-                            "try a smaller --learning_rate; the last checkpoint is from before")
+                            "try a smaller --learning_rate; any checkpoint is from before that")
         state = {
             "identity": self.identity, "device": self.classifier.device.type, "precision": self.classifier.precision,
             "trainable": trainable, "optimizer": self.optimizer.state_dict(),
@@ -134,6 +135,8 @@ def find_checkpoint(folder, identity):
         if state := read(path):
             break
     else:
+        for path in found:
+            refuse_lfs_pointer(path)
         raise UserError(f"--resume: {' and '.join(map(str, found))} damaged, or no checkpoint of this program; "
                         "delete what is there and start again without --resume")
     if differing := [key for key, value in identity.items() if state["identity"].get(key) != value]:

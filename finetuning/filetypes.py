@@ -7,6 +7,8 @@ import re
 import zlib
 from pathlib import Path
 
+from finetuning.errors import UserError
+
 LFS_POINTER = b"version https://git-lfs"
 # How files begin, and what they are.
 SIGNATURES = {
@@ -14,8 +16,8 @@ SIGNATURES = {
     b"PK\x03\x04": "a zip file", b"PK\x05\x06": "an empty zip file", b"7z\xbc\xaf\x27\x1c": "a 7z file",
     b"Rar!": "a RAR file", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow file",
     b"%PDF": "a PDF file", b"SQLite format 3": "an SQLite database", b"\x89HDF": "an HDF5 file",
-    b"\x28\xb5\x2f\xfd": "a Zstandard file", b"\x80\x02": "a pickle", b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle", b"\xd0\xcf\x11\xe0": "an old Excel file",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle", b"\x80\x05": "a pickle", b"\xd0\xcf\x11\xe0": "an old Excel file",
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"<!doctype html": "a web page", b"<html": "a web page",
     b"<?xml": "an XML file",
 }
@@ -34,10 +36,12 @@ FOLDER_KINDS = {
 SHOWN = 5  # names of what a folder holds
 
 
-def is_lfs_pointer(path):
-    """Return whether a file is what Git leaves in place of a large file that it has not fetched."""
-    with open(path, "rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
+def refuse_lfs_pointer(path):
+    """Raise UserError if there is, at `path`, what Git leaves in place of a large file that it has not fetched."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{path} is {SIGNATURES[LFS_POINTER]}")
 
 
 def file_kind(path):

@@ -15,10 +15,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from finetuning.errors import UserError
 from finetuning.files import sha256
+from finetuning.filetypes import EMPTY, LFS_POINTER, SIGNATURES, ZEROS, file_kind, folder_kind
 from finetuning.layers import trial_copy
 from finetuning.tokens import flatten
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.ckpt*", "*.onnx", "*.gguf", "*.pt", "*.pth")
+VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "*.model")  # of tokenizers without tokenizer.json
+NOT_A_MODELS = {EMPTY, ZEROS, *(SIGNATURES[magic] for magic in (LFS_POINTER, b"<html", b"<?xml"))}
 DIGEST = re.compile("[0-9a-f]{64}")
 TOKENIZER_LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
 # What a tokenizer's files hold of where it was loaded from and how it was called last.
@@ -43,6 +47,39 @@ def check_cached_weights(repository):
         if DIGEST.fullmatch(stored.name) and sha256(stored) != stored.name:
             raise UserError(f"{filename} of {repository} in the Hugging Face cache is damaged (its SHA-256 differs); "
                             f"delete {stored} and run again")
+
+
+def check_model_folder(folder):
+    """Raise UserError if a folder lacks a model's files, or if one of those that would be read is something else."""
+    path, refusal = Path(folder), f"cannot load --model {folder}: "
+    if path.is_file():
+        raise UserError(f"{refusal}it is a file; name the folder that it is in")
+    if (path / "adapter_config.json").is_file():  # `refuse_adapter` says more
+        return
+    if not (path / "config.json").is_file():
+        inside = [f"; did you mean {config.parent}?" for config in sorted(path.glob("*/config.json"))[:1]]
+        raise UserError(f"{refusal}it has no config.json; it is {folder_kind(path)}{''.join(inside)}")
+    weights = weight_files(path)
+    if not weights:
+        others = sorted(file.name for pattern in OTHER_WEIGHTS for file in path.glob(pattern))
+        raise UserError(f"{refusal}it has no {' or '.join(WEIGHTS)}{', only ' * bool(others)}{', '.join(others)}")
+    whole = path / "tokenizer.json"
+    tokenizer = [whole] if whole.is_file() else [file for pattern in VOCABULARIES for file in path.glob(pattern)]
+    for file in (path / "config.json", *weights, *tokenizer):
+        kind = file_kind(file)
+        if kind in NOT_A_MODELS or (file.suffix == ".bin" and kind not in ("a zip file", "a pickle")):
+            raise UserError(f"{refusal}{file.name} is {kind or 'no PyTorch file'}")
+
+
+def weight_files(folder):
+    """Return the file of weights in a folder that Transformers prefers, or its shards."""
+    for name in WEIGHTS:
+        stem, suffix = name.split(".")
+        if (folder / name).is_file():
+            return [folder / name]
+        if shards := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
+            return shards
+    return []
 
 
 def refuse_adapter(name, source):

@@ -182,8 +182,9 @@ def check_losses(progress, updates):
     recent = progress.losses[-updates:]
     for step, loss in enumerate(map(float, recent), start=len(progress.losses) - len(recent)):
         if not math.isfinite(loss):
-            raise UserError(f"the training loss is {loss} at step {step}; try a smaller --learning_rate or "
-                            "--precision fp32; the last checkpoint is from before")
+            advice = ("a smaller --learning_rate or --precision fp32; any checkpoint is from before that" if step else
+                      "--precision fp32, or another model: no weight has changed yet")
+            raise UserError(f"the training loss is {loss} at step {step}; try {advice}")
 
 
 def count_steps(num_reviews, batch_size, num_epochs, max_steps=None):

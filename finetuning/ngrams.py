@@ -85,7 +85,7 @@ class NBLogCountRatio(TransformerMixin, BaseEstimator):
         shortest, longest = self.ngram_range
         base = len(self.vocabulary_) + 1
         if base**longest >= 2**63:
-            raise ValueError(f"a vocabulary of {base - 1:,} words is too large for 64-bit keys")
+            raise ValueError(f"its {base - 1:,} distinct words are too many for n-grams of {longest} words")
         ids = np.fromiter((self.vocabulary_.get(word, 0) for word in chain.from_iterable(words)), dtype=np.int64)
         text = np.repeat(np.arange(len(words), dtype=np.int32), [len(text) for text in words])
         rows, keys = [], []

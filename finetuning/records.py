@@ -46,6 +46,7 @@ import pandas as pd
 from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.files import sha256, written_whole
+from finetuning.filetypes import refuse_lfs_pointer
 from finetuning.machine import git_commit, versions
 from finetuning.reviews import SPLITS, csv_paths
 from finetuning.uncertainty import answers, calibration, wilson_interval
@@ -166,6 +167,7 @@ def misfits(value, schema, name="it"):
 def read_predictions(folder, record):
     """The data frame of a run's test predictions; raises UserError where they are not those of its record."""
     path = Path(folder) / PREDICTIONS
+    refuse_lfs_pointer(path)
     try:
         predictions = pd.read_csv(path, index_col="row", dtype={"label": int, "probability": float})
         right = answers(predictions["probability"]) == predictions["label"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.files import folder_written_whole, sha256
+from finetuning.filetypes import refuse_lfs_pointer
 from finetuning.records import MODEL
 
 SETTINGS, DIGESTS = "settings.json", "sha256"
@@ -39,13 +40,19 @@ def read_settings(run_folder):
     """The folder of a run's model and its settings; raises UserError where there is none, or a file of it is damaged.
     """
     folder = Path(run_folder) / MODEL
+    if not Path(run_folder).is_dir():
+        raise UserError(f"there is no folder {run_folder}")
+    if (Path(run_folder) / SETTINGS).is_file():
+        raise UserError(f"{run_folder} is a run's model; name the run's folder: {Path(run_folder).resolve().parent}")
     if not folder.is_dir():
         raise UserError(f"{run_folder} holds no saved model; a training run with --save_model leaves one")
+    refuse_lfs_pointer(folder / DIGESTS)
     try:
         digests = dict(reversed(line.split("  ")) for line in (folder / DIGESTS).read_text("utf-8").splitlines())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / DIGESTS} is missing or damaged; train the model again") from error
     for name in digests | {SETTINGS: ""}:
+        refuse_lfs_pointer(folder / name)
         if not (folder / name).is_file() or sha256(folder / name) != digests.get(name):
             raise UserError(f"{folder / name} is missing or not what was saved; train the model again")
     return folder, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

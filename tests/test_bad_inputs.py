@@ -67,10 +67,10 @@ def gpt_weights(name, message, change):
     return Bad(name, message, prepare, PRETRAINED, scripts="gpt")
 
 
-def file(name, path, content, message, *arguments, scripts="bert"):
-    """Some other bad file; None: there is none."""
+def file(name, path, content, message, *arguments, scripts="bert", instead_of=None):
+    """Some other bad file, perhaps instead of one of another name; None: there is none."""
     def prepare(folder):
-        (folder / path).unlink()
+        (folder / (instead_of or path)).unlink()
         if content is not None:
             (folder / path).write_bytes(content)
     return Bad(name, message, prepare, arguments, scripts)
@@ -110,6 +110,10 @@ def without_tokenizer(folder):
         path.unlink()
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def in_the_way(folder):
     (folder / "run").write_text("a file")
 
@@ -140,6 +144,13 @@ def tokenizer_without(*roles):
     return prepare
 
 
+def nested(folder):
+    (folder / "model").rename(folder / "inner")
+    (folder / "model").mkdir()
+    (folder / "inner").rename(folder / "model" / "checkpoint-5")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 440449768\n"
 NEXT = b"text,label\ngood,1\nbad,0\n"
 TABLE = [
     csv("no CSV", None, "cannot find data/train.csv; make the CSV files with: python download_prepare_dataset.py"),
@@ -165,11 +176,14 @@ TABLE = [
     csv("UTF-16", NEXT.decode().encode("utf-16"), "not a CSV file in UTF-8"),
     csv("a NUL byte", NEXT + b"fi\0ne,1\n", "review 3: the text holds a NUL byte; the file is damaged", split="test"),
     csv("NUL bytes only", bytes(4096), "it is a file of zero bytes"),
+    csv("a Git LFS pointer", POINTER, "data/train.csv is not a CSV file in UTF-8: it is a Git LFS pointer"),
+    csv("a column twice", b"text,label,text\ngood,1,bad\n", "train.csv has the column text 2 times"),
+    csv("rows in a text", NEXT + b'"Great film,1\nfine,0\n"Bad film,0\n', "review 3: the quotation mark", split="test"),
     csv("a zip file", b"PK\x03\x04\x14\0\0\0\x08\0\xff\xfe", "not a CSV file in UTF-8"),
     csv("one class", b"text,label\n" + b"good,1\n" * 48, "train.csv holds positive reviews only"),
     csv("the other class", b"text,label\n" + b"bad,0\n" * 48, "train.csv holds negative reviews only"),
-    csv("no words", b"text,label\n" + b"?,0\n!,1\n" * 24, "too small for --features counts: empty vocabulary",
-        scripts="logreg"),
+    csv("no words", b"text,label\n" + b"?,0\n!,1\n" * 24,
+        "cannot compute --features counts of the training set: empty vocabulary", scripts="logreg"),
 
     flag("--num_epochs", "0", message="--num_epochs: must be 1 or more, not 0"),
     flag("--max_steps", "-3", message="--max_steps: must be 1 or more, not -3"),
@@ -222,8 +236,34 @@ TABLE = [
     Bad("a pickle that runs code", "cannot load --model model", bomb),
     Bad("a PyTorch file that runs code", "its weights are a pickle of more than tensors", zip_bomb),
     Bad("no tokenizer", "cannot load --model model: its tokenizer has no vocabulary", without_tokenizer),
-    file("no weights", "model/model.safetensors", None, "cannot load --model model"),
-    file("no configuration", "model/config.json", None, "cannot load --model model"),
+    file("no weights", "model/model.safetensors", None, "model: it has no model.safetensors or pytorch_model.bin"),
+    file("no weights of PyTorch", "model/tf_model.h5", b"\x89HDF", "or pytorch_model.bin, only tf_model.h5",
+         instead_of="model/model.safetensors"),
+    file("no configuration", "model/config.json", None, "cannot load --model model: it has no config.json; it is a "),
+    Bad("no model but one in a folder within", "it has no config.json; it is a folder of checkpoint-5; did you mean "
+        "model/checkpoint-5?", nested),
+    Bad("a folder without any model", "cannot load --model data: it has no config.json; it is a folder of CSV files",
+        arguments=("--model", "data")),
+    Bad("a file for a model", "cannot load --model model/config.json: it is a file; name the folder",
+        arguments=("--model", "model/config.json")),
+    file("a PyTorch file that is none", "model/pytorch_model.bin", b"abc", "pytorch_model.bin is no PyTorch file",
+         instead_of="model/model.safetensors"),
+    file("an empty PyTorch file", "model/pytorch_model.bin", b"", "pytorch_model.bin is empty",
+         instead_of="model/model.safetensors"),
+    *[file(f"a Git LFS pointer for {name}", f"model/{name}", POINTER, f"cannot load --model model: {name} is a Git LFS",
+           instead_of=f"model/{replaced}")
+      for name, replaced in [("model.safetensors", "model.safetensors"), ("pytorch_model.bin", "model.safetensors"),
+                             ("model-00001-of-00002.safetensors", "model.safetensors"), ("config.json", "config.json"),
+                             ("tokenizer.json", "tokenizer.json"), ("spm.model", "tokenizer.json"),
+                             ("vocab.txt", "tokenizer.json"), ("merges.txt", "tokenizer.json")]],
+    *[file(f"a Git LFS pointer for GPT-2's {name}", f"models/0M/{name}", POINTER, f"models/0M/{name} is a Git LFS",
+           *PRETRAINED, scripts="gpt") for name in ("config.json", "model.safetensors")],
+    Bad("a tokenizer that allows less", "--context_length 30 is more than the 25 tokens this model's tokenizer allows",
+        lambda folder: edit_json(folder / "model" / "tokenizer_config.json", model_max_length=25),
+        ("--context_length", "30")),
+    Bad("a tokenizer that allows less, and a model", "--context_length 41 is more than the 40 tokens this model can",
+        lambda folder: edit_json(folder / "model" / "tokenizer_config.json", model_max_length=40),
+        ("--context_length", "41")),
     file("half a configuration", "model/config.json", b'{"model_type": "be', "cannot load --model model"),
     file("a list for a configuration", "model/config.json", b"[]", "cannot load --model model"),
     file("a model that looks at pictures", "model/config.json", b'{"model_type": "vit"}', "cannot load --model model"),
@@ -242,6 +282,7 @@ TABLE = [
     file("a list for GPT-2's configuration", "models/0M/config.json", b"[]", "is not GPT-2's config.json",
          *PRETRAINED, scripts="gpt"),
 
+    left("a Git LFS pointer for a checkpoint", "run/checkpoint.pt is a Git LFS pointer", POINTER),
     left("an empty checkpoint", "run/checkpoint.pt damaged, or no checkpoint of this program", b""),
     left("a checkpoint of noise", "run/checkpoint.pt damaged", bytes(range(256)) * 100),
     left("a checkpoint of another program", "run/checkpoint.pt damaged", lambda: {"model": {}}),

@@ -11,6 +11,13 @@ def test_words_and_punctuation_without_line_breaks():
     assert tokenize("Not bad, at<br />ALL! It's") == ["not", "bad", ",", "at", "all", "!", "it", "'", "s"]
 
 
+def test_too_many_words_for_the_keys():
+    """Three words and one for the unknown: 4**31 keys are fewer than 2**63, 4**32 are more."""
+    NBLogCountRatio(min_df=1, ngram_range=(1, 31)).fit(["a b", "c"], [1, 0])
+    with pytest.raises(ValueError, match="its 3 distinct words are too many for n-grams of 32 words"):
+        NBLogCountRatio(min_df=1, ngram_range=(1, 32)).fit(["a b", "c"], [1, 0])
+
+
 def test_weights_and_rows_by_hand():
     ngrams = NBLogCountRatio(min_df=1)
     features = ngrams.fit_transform(["good film", "bad film film"], [1, 0]).toarray()

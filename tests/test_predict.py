@@ -162,6 +162,17 @@ def test_the_digests_are_those_of_a_common_program(counts):
 
 def test_a_run_without_a_model(tmp_path, failing):
     assert "holds no saved model; a training run with --save_model leaves one" in failing(predict.main, tmp_path, "a")
+    assert failing(predict.main, tmp_path / "absent", "a").endswith(f"there is no folder {tmp_path / 'absent'}")
+
+
+def test_the_models_folder_instead_of_the_runs(counts, failing):
+    assert failing(predict.main, counts / MODEL, "a").endswith(f"is a run's model; name the run's folder: {counts}")
+
+
+@pytest.mark.parametrize("file", [SETTINGS, DIGESTS, "arrays.safetensors"])
+def test_a_saved_model_that_git_has_not_fetched(counts, failing, file):
+    (counts / MODEL / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    assert f"{counts / MODEL / file} is a Git LFS pointer, not the file itself" in failing(predict.main, counts, "a")
 
 
 def test_a_run_that_saves_no_model_removes_the_one_before(counts, data_dir, failing, capsys):

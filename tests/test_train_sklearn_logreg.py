@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import subprocess
 import sys
@@ -39,6 +40,17 @@ def test_words_of_the_test_set_are_not_learned_from(data_dir, tmp_path):
         with (data_dir / f"{split}.csv").open("a") as file:
             file.write("unheard of words,1\n")
     assert parameters("after") == before
+
+
+def test_too_many_distinct_words_are_not_called_too_small_a_training_set(data_dir, failing, monkeypatch):
+    ngrams = train_sklearn_logreg.FEATURES["nb-ngrams"]
+    monkeypatch.setitem(train_sklearn_logreg.FEATURES, "nb-ngrams", dataclasses.replace(
+        ngrams, vectorizer=lambda: ngrams.vectorizer(ngram_range=(1, 32))))
+    monkeypatch.setattr(train_sklearn_logreg, "note", lambda message: None)
+    message = failing(train_sklearn_logreg.main, "--data_dir", data_dir, "--output_dir", data_dir / "run",
+                      "--features", "nb-ngrams")
+    assert message.endswith("cannot compute --features nb-ngrams of the training set: its 16 distinct words are too "
+                            "many for n-grams of 32 words")
 
 
 def test_torch_is_not_imported():
