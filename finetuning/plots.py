@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import textwrap
+import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,10 +34,12 @@ def default_settings():
 
 with default_settings():
     import matplotlib
+from matplotlib import font_manager  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, PercentFormatter  # noqa: E402
 
 CURVES = "curves.svg"
+NOT_FOR_TEXT = ("last resort", "color emoji")  # fonts of placeholders and of pixels
 POINTS = 100  # of a training curve: each the mean of as many updates as it takes
 BLUE, ORANGE, GREY = "#0b5394", "#c55a11", "#777777"
 
@@ -50,8 +53,9 @@ def draw_run(folder):
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, record, predictions)
         axes.spines[["top", "right"]].set_visible(False)
-    title = f"{record['name']}: {record['accuracy']['test']:.2%} of the test reviews"
-    figure.suptitle(textwrap.fill(title, 55 * len(panels)))
+    title, style = drawable(f"{record['name']}: {record['accuracy']['test']:.2%} of the test reviews")
+    wide = any(unicodedata.east_asian_width(character) in "WF" for character in title)
+    figure.suptitle(textwrap.fill(title, 55 * len(panels) // (1 + wide)), **style)
     save(figure, Path(folder) / CURVES)
 
 
@@ -96,8 +100,9 @@ def draw_rows(points, footnote, path):
             axes.errorbar(minutes, accuracy, yerr=[[below], [above]], fmt="o", color=BLUE, capsize=3)
         else:
             axes.plot(minutes, accuracy, "o", color=ORANGE, markerfacecolor="none")
+        label, style = drawable(label)
         axes.annotate(label, (minutes, accuracy), xytext=(7, 0), textcoords="offset points", fontsize=9,
-                      verticalalignment="center")
+                      verticalalignment="center", **style)
     axes.plot([], [], "o", color=BLUE, label="measured, with its 95% interval")
     axes.plot([], [], "o", color=ORANGE, markerfacecolor="none", label="as published")
     axes.legend(frameon=False, loc="lower right")
@@ -105,7 +110,8 @@ def draw_rows(points, footnote, path):
     axes.margins(x=0.25)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda minutes, _: f"{minutes:g}"))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel(f"training time (minutes, on different hardware: see the table)\n{footnote}")
+    footnote, style = drawable(footnote)
+    axes.set_xlabel(f"training time (minutes, on different hardware: see the table)\n{footnote}", **style)
     axes.set_ylabel("test accuracy")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,6 +144,50 @@ def draw_demo(records, path):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("DEMO: synthetic reviews, small models from random weights")
     save(figure, path)
+
+
+def drawable(text):
+    """Return a text in one line that Matplotlib can draw, and the keyword arguments to draw it with.
+
+    Characters that no installed font has become ASCII: their plain form or, if they have none, their code.
+    """
+    text = " ".join(text.split())
+    families, missing = choose_fonts(text)
+    text = "".join(transcribe(character) if character in missing else character for character in text)
+    return text, {"fontfamily": families, "parse_math": False}
+
+
+def choose_fonts(text):
+    """Return the font families that are needed to draw a text, and its characters that no installed font has."""
+    families = list(matplotlib.rcParams["font.family"])
+    missing = set(text) - characters_of(families)
+    # Other fonts may hold anything in place of control characters.
+    candidates = {name: missing & set(filter(str.isprintable, characters_of(name)))
+                  for name in sorted({font.name for font in font_manager.fontManager.ttflist})
+                  if missing and not any(unfit in name.lower() for unfit in NOT_FOR_TEXT)}
+    while candidates:
+        best = max(candidates, key=lambda name: len(candidates[name] & missing))
+        found = candidates.pop(best) & missing
+        if not found:
+            break
+        families.append(best)
+        missing -= found
+    return families, missing
+
+
+def characters_of(family):
+    """Return the characters that the font of a family has, as a set."""
+    try:
+        font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=family)))
+    except (OSError, RuntimeError):  # damaged, or of a kind that cannot be drawn
+        return set()
+    return set(map(chr, font.get_charmap())) if font.scalable else set()
+
+
+def transcribe(character):
+    """Return a character in ASCII: "A" for a full-width A, "\\u5317" for a Chinese one."""
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return plain if plain and plain.isprintable() else character.encode("unicode_escape").decode()
 
 
 def save(figure, path):
