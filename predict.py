@@ -7,6 +7,9 @@
 For each text it prints a line: label, probability of that label, and how the text begins; for a
 blank line of standard input, a blank line. Texts are cut, padded and classified as the run's own test
 reviews were, so that these get the probabilities that stand in the run's test_predictions.csv.
+
+Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
+https://github.com/rasbt/LLMs-from-scratch
 """
 
 import importlib

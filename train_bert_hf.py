@@ -3,6 +3,9 @@
     python train_bert_hf.py --trainable_layers all --num_epochs 1 --model bert
 
 gives the published BERT row: AdamW, learning rate 5e-6, 256 tokens, padding masked.
+
+Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
+https://github.com/rasbt/LLMs-from-scratch
 """
 
 import sys
@@ -85,6 +88,8 @@ MODELS = {
                                "classifier", ("model.final_norm", "head"), "model.layers"),
     "modernbert-large": Encoder("answerdotai/ModernBERT-large",
                                 "classifier", ("model.final_norm", "head"), "model.layers"),
+    "minilm": Encoder("sentence-transformers/all-MiniLM-L6-v2",
+                      "classifier", ("bert.pooler",), "bert.encoder.layer"),
 }
 
 
@@ -134,7 +139,7 @@ def save(model, tokenizer, settings, folder):
     for key, value in habits.items():
         setattr(tokenizer, key, value)
     tokenizer.save_pretrained(folder)
-    return {"family": "encoder", **settings}
+    return {"family": "encoder", "base_model": model.name_or_path, **settings}
 
 
 def load_saved(folder, settings):

@@ -3,6 +3,9 @@
     python train_gpt.py --trainable_layers all --num_epochs 1
 
 gives the published GPT-2 row: AdamW, learning rate 5e-5, 256 tokens, the class read at the last one.
+
+Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
+https://github.com/rasbt/LLMs-from-scratch
 """
 
 import json

@@ -4,6 +4,9 @@
     python train_sklearn_logreg.py --features nb-ngrams
 
 give the published logistic regression row, and a stronger one.
+
+Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
+https://github.com/rasbt/LLMs-from-scratch
 """
 
 import json

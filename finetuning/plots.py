@@ -111,7 +111,7 @@ def draw_rows(points, footnote, path):
     axes.xaxis.set_major_formatter(FuncFormatter(lambda minutes, _: f"{minutes:g}"))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     footnote, style = drawable(footnote)
-    axes.set_xlabel(f"training time (minutes, on different hardware: see the table)\n{footnote}", **style)
+    axes.set_xlabel(f"training time (minutes, on different hardware: see docs/hardware.md)\n{footnote}", **style)
     axes.set_ylabel("test accuracy")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""From records to what the pages say: the tables and sentences between the markers of both READMEs."""
+"""Render records as Markdown: the sections between the markers of the READMEs and of docs/."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import statistics
 from finetuning.console import accuracy_lines, end_of_training, epoch_line, step_line
 from finetuning.errors import UserError
 from finetuning.files import written_whole
+from finetuning.parameter_counts import count_parameters
 from finetuning.records import RECORD, read_predictions, read_record
 from finetuning.reviews import SPLITS
 from finetuning.uncertainty import Z_95, answers, compare, wilson_interval
@@ -18,71 +19,58 @@ PUBLISHED_STEPS = (0, 50, 4300, 4350)  # whose log lines were published, of 4,37
 
 WORDS = {
     "en": {
-        "results": ["#", "model", "what the command loads", "published", "measured here (95% interval)", "seeds",
-                    "hardware", "minutes"],
-        "splits": ["#", "model", "random split", "without copies", "official split (95% interval)", "log loss",
-                   "calibration error"],
-        "times": ["#", "model", "published: GPU, training", "measured: whole run", "its peak memory",
-                  "hardware"],
-        "not measured": "not measured yet", "own row": "(own row)", "sd": "sd {:.2f}",
-        "log": "Row {}, {}: {}", "measured": "measured here", "published": "as published", "minutes": "{:.1f} min",
-        "hours": "{:.1f} h, put together from parts",
-        "resolution": "On {test:,} test reviews, accuracies of two runs near {better:.0f}% differ by more than the "
-                      "luck of the draw of reviews where they lie {least:.1f} points apart, or less if the two mostly "
-                      "err on the same reviews. {worse_title} at {worse:.2f}% against {better_title} at {better:.2f}% "
-                      "is {difference:.2f} points, so a real difference between these two runs (p = {p:.3f} at most), "
-                      "though one run each says nothing of what another seed would give.",
+        "results": ["#", "model", "parameters", "published", "measured here (95% interval)"],
+        "interval": " ({:.2%} to {:.2%})", "seeds": ", mean of {} seeds, sd {:.2f}",
+        "measured log": "Measured here on {} ([record]({})):",
     },
     "ja": {
-        "results": ["#", "モデル", "コマンドが読み込むもの", "公表値", "ここでの実測値(95% 信頼区間)", "シード",
-                    "ハードウェア", "分"],
-        "splits": ["#", "モデル", "無作為分割", "重複を除く", "公式分割(95% 信頼区間)", "対数損失", "較正誤差"],
-        "times": ["#", "モデル", "公表値: GPU、学習のみ", "実測値: 実行全体", "そのピークメモリ", "ハードウェア"],
-        "not measured": "未計測", "own row": "(独自の行)", "sd": "標準偏差 {:.2f}",
-        "log": "{} 行目、{}: {}", "measured": "ここでの実測", "published": "公表されたもの", "minutes": "{:.1f} 分",
-        "hours": "{:.1f} 時間(部分の計測から合成)",
-        "resolution": "テストレビュー {test:,} 件では、{better:.0f}% 前後の二つの正解率は {least:.1f} ポイント"
-                      "(同じレビューで誤ることが多ければそれ以下)離れていれば、レビューの選ばれ方の偶然を超えて異なります。"
-                      "{worse_title} の {worse:.2f}% と {better_title} の {better:.2f}% の差は "
-                      "{difference:.2f} ポイントで、この二回の実行の間の本当の差です(p は高々 {p:.3f})。"
-                      "ただし一回ずつの実行なので、別のシードでどうなるかはわかりません。",
+        "results": ["#", "モデル", "パラメータ数", "公表値", "ここでの実測値(95% 信頼区間)"],
+        "interval": "({:.2%}~{:.2%})", "seeds": "、{} 個のシードの平均、標準偏差 {:.2f}",
+        "measured log": "ここでの実測({}、[記録]({})):",
     },
 }
+DASH = "–"
 
 
 def results_table(experiments, results, language="en"):
-    """The Markdown table of all experiments, measured values from the records in the folder `results`."""
+    """Return the Markdown table of these experiments, measured values from the records in the folder `results`."""
     words = WORDS[language]
     lines = table_head(words["results"])
     for row in experiments:
-        published = f"{row.published:.2f}%" if row.published else words["own row"]
-        cells = measured_cells(row, results, words)
-        lines.append(table_line([str(row.number), row.title, row.loads, published, *cells]))
+        published = f"{row.published:.2f}%" if row.published else DASH
+        lines.append(table_line([str(row.number), row.title, parameters(row, results), published,
+                                 measured_accuracy(row, results, words)]))
     return "\n".join(lines)
 
 
-def measured_cells(row, results, words):
-    """The cells of a row that come from its records: accuracy, seeds, hardware, minutes."""
+def parameters(row, results):
+    """Return how many parameters an experiment's model has: as its record counted them, else counted from the config.
+    """
+    records = list(recorded(row, results).values())
+    if not records and not row.hub_id:
+        return DASH
+    count = records[0]["parameters"]["all"] if records else count_parameters(row.hub_id)
+    return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count / 1e3:,.1f}k"
+
+
+def measured_accuracy(row, results, words):
+    """Return the test accuracy of an experiment's records with its interval and links; a dash if there are none."""
     records = recorded(row, results)
     if not records:
-        return [words["not measured"], "", "", ""]
+        return DASH
     accuracies = [record["accuracy"]["test"] for record in records.values()]
     total = REVIEWS[row.data_dir]["test"]
     mean = statistics.fmean(accuracies)
-    low, high = wilson_interval(round(mean * total), total)
-    seeds = str(len(records))
-    if len(records) > 1:
-        seeds += f", {words['sd'].format(100 * statistics.stdev(accuracies))}"
-    minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records.values())
-    hardware = ", ".join(sorted({record["hardware"] for record in records.values()}))
-    return [f"{link(f'{mean:.2%}', records)} ({low:.2%} to {high:.2%})", seeds, hardware, f"{minutes:.1f}"]
+    interval = words["interval"].format(*wilson_interval(round(mean * total), total))
+    seeds = words["seeds"].format(len(records), 100 * statistics.stdev(accuracies)) if len(records) > 1 else ""
+    return f"{link(f'{mean:.2%}', records)}{interval}{seeds}"
 
 
-def splits_table(experiments, results, language="en"):
-    """For each measured experiment: accuracy without copies, on the official split, and calibration."""
-    words = WORDS[language]
+def splits_table(experiments, results):
+    """Return the table of accuracy without duplicates, accuracy on the official split, and calibration."""
     official = {row.name: row for row in experiments if row.data_dir == "official"}
-    lines = table_head(words["splits"])
+    lines = table_head(["#", "model", "random split", "without duplicates", "official split (95% interval)", "log loss",
+                        "calibration error"])
     for row in experiments:
         records = recorded(row, results)
         if row.data_dir != "." or not records:
@@ -90,24 +78,24 @@ def splits_table(experiments, results, language="en"):
         means = [statistics.fmean(values) for values in zip(
             *[(record["accuracy"]["test"], record["copies"]["accuracy_without"], record["calibration"]["log_loss"],
                record["calibration"]["expected_calibration_error"]) for record in records.values()], strict=True)]
-        kept_apart = measured_cells(official[row.name], results, words)[0] if row.name in official else ""
+        on_official = measured_accuracy(official[row.name], results, WORDS["en"]) if row.name in official else ""
         lines.append(table_line([str(row.number), row.title, link(f"{means[0]:.2%}", records), f"{means[1]:.2%}",
-                                 kept_apart, f"{means[2]:.3f}", f"{means[3]:.3f}"]))
+                                 on_official, f"{means[2]:.3f}", f"{means[3]:.3f}"]))
     return "\n".join(lines)
 
 
-def logs(experiments, results, language="en"):
-    """The abridged console logs of each experiment, folded up: as published, and of its first record."""
-    words = WORDS[language]
-    found = []
-    for row in experiments:
-        kinds = {words["published"]: published_log(row)} if row.log else {}
-        if records := recorded(row, results):
-            kinds[words["measured"]] = recorded_log(next(iter(records.values())))
-        for kind, log in kinds.items():
-            title = words["log"].format(row.number, row.title, kind)
-            found.append(f"<details><summary>{title}</summary>\n\n```\n{log}\n```\n\n</details>")
-    return "\n".join(found)
+def log_section(row, results, language="en"):
+    """Return an experiment's published log and the log of its first record, if they exist, as code blocks."""
+    blocks = [code_block(published_log(row))] if row.log else []
+    for path, record in list(recorded(row, results).items())[:1]:
+        blocks += [WORDS[language]["measured log"].format(record["hardware"], path), code_block(recorded_log(record))]
+    return "\n".join(blocks)
+
+
+def code_block(log):
+    """Return a log as a Markdown code block, without blank lines and the title of the final accuracies."""
+    title = end_of_training(0).split("\n")[2]
+    return "\n".join(["```", *(line for line in log.splitlines() if line not in ("", title)), "```"])
 
 
 def recorded_log(record):
@@ -141,28 +129,26 @@ def by_split(*percent):
     return {split: value / 100 for split, value in zip(SPLITS, percent, strict=True)}
 
 
-def times_table(experiments, results, benchmarks, language="en"):
-    """The Markdown table of how long each experiment takes and how much memory: from its records, else its benchmark.
+def times_table(experiments, results, benchmarks):
+    """Return the table of how long each experiment takes and how much memory: from its records, else its benchmark.
 
-    `benchmarks` is the file that benchmarks/run.py writes, whose whole runs are put together from
-    measured parts.
+    `benchmarks` is the file of benchmarks/run.py, whose whole runs are extrapolated from measured parts.
     """
-    words = WORDS[language]
     measured = {row: (report["hardware"], rounds) for report in json.loads(benchmarks.read_text(encoding="utf-8"))
                 for row, rounds in report["rows"].items()}
-    lines = table_head(words["times"])
+    lines = table_head(["#", "model", "published: training", "measured: whole run", "peak memory", "hardware"])
     for row in experiments:
-        cells = [words["not measured"], "", ""]
+        cells = [DASH, "", ""]
         if row.benchmark in measured:
             hardware, rounds = measured[row.benchmark]
             seconds, memory = (statistics.median(sides["project"][part] for sides in rounds)
                                for part in ("run", "peak_memory"))
-            cells = [words["hours"].format(seconds / 3600), gigabytes(memory), hardware]
+            cells = [f"{seconds / 3600:.1f} h, extrapolated", gigabytes(memory), hardware]
         if records := list(recorded(row, results).values()):
             minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
-            cells = [words["minutes"].format(minutes), gigabytes(max(record["peak_memory"] for record in records)),
+            cells = [f"{minutes:.1f} min", gigabytes(max(record["peak_memory"] for record in records)),
                      records[0]["hardware"]]
-        published = words["minutes"].format(row.log.minutes) if row.log and row.log.minutes else ""
+        published = f"{row.log.minutes:.1f} min" if row.log and row.log.minutes else ""
         lines.append(table_line([str(row.number), row.title, published, *cells]))
     return "\n".join(lines)
 
@@ -172,9 +158,10 @@ def gigabytes(count):
 
 
 def recorded(row, results):
-    """The records of an experiment, {path of the record: record}, one for each seed; broken ones raise UserError."""
-    found = {}
-    for folder in sorted((results / row.data_dir).glob(f"{row.name}-seed*")):
+    """Return {path of the record: record} of an experiment, one for each seed; raise UserError if one is broken."""
+    found, parent = {}, results / row.data_dir
+    folders = sorted(parent.glob(f"{row.name}-seed*")) or sorted(parent.glob(f"{row.former_name}-seed*"))
+    for folder in folders:
         record = read_record(folder)
         if record["reviews"] != REVIEWS[row.data_dir]:
             raise UserError(f"{folder / RECORD} is not of the split it stands for: it has {record['reviews']} reviews")
@@ -196,26 +183,27 @@ def table_line(cells):
     return f"| {' | '.join(cells)} |"
 
 
-def resolution(experiments, worse, better, language="en"):
-    """Two sentences on what the test set can tell apart, by the example of two published rows.
+def resolution(experiments, worse, better):
+    """Say which differences the test set can tell apart, by the example of two published rows.
 
-    Without their predictions the two count as independent, which makes the difference least sure.
+    Without their predictions the two count as independent, which overestimates the sampling error.
     """
     rows = {row.number: row for row in experiments}
     total = REVIEWS["."]["test"]
     p, q = (rows[number].published / 100 for number in (worse, better))
     error = math.sqrt((p * (1 - p) + q * (1 - q)) / total)
-    return WORDS[language]["resolution"].format(
-        test=total, least=100 * Z_95 * error, worse_title=rows[worse].title, worse=100 * p,
-        better_title=rows[better].title, better=100 * q, difference=100 * (q - p),
-        p=math.erfc((q - p) / error / math.sqrt(2)))
+    return (f"On {total:,} test reviews, two accuracies near {100 * q:.0f}% differ by more than sampling error if they "
+            f"are {100 * Z_95 * error:.1f} points apart, or less if both models fail on the same reviews. "
+            f"{rows[worse].title} at {p:.2%} and {rows[better].title} at {q:.2%} differ by {100 * (q - p):.2f} points: "
+            f"a significant difference between these two runs (p = {math.erfc((q - p) / error / math.sqrt(2)):.3f} or "
+            "less). One run each does not tell how much another seed would change.")
 
 
 def comparison(folder_a, folder_b):
-    """What `--compare` says of two runs on the same test reviews; with it, the reviews on which they disagree.
+    """Compare two runs on the same test reviews.
 
-    Returns (lines, data frame with the columns label, probability_a and probability_b). Raises
-    UserError where the two were not tested on the same file.
+    Return (three lines of summary, data frame with the columns label, probability_a and probability_b of the reviews
+    on which they disagree). Raise UserError if the two were not tested on the same file.
     """
     records = [read_record(folder) for folder in (folder_a, folder_b)]
     if records[0]["data"]["test.csv"] != records[1]["data"]["test.csv"]:
@@ -227,13 +215,11 @@ def comparison(folder_a, folder_b):
     low, high = counts.interval
     names = [record["name"] for record in records]
     width = max(map(len, names))
-    lines = [*(f"{letter}: {name:<{width}}  {record['accuracy']['test']:.2%} of {len(a):,} test reviews"
-               for letter, name, record in zip("AB", names, records, strict=True)),
-             f"both right {counts.both:,}, only A {counts.only_a:,}, only B {counts.only_b:,}, "
-             f"neither {counts.neither:,}",
-             f"B - A: {100 * counts.difference:+.2f} points, "
-             f"95% interval {100 * low:+.2f} to {100 * high:+.2f} (Agresti & Min)",
-             f"equally good? p = {counts.p_value:.2g} (exact McNemar test)"]
+    lines = [f"{letter}: {name:<{width}}  {record['accuracy']['test']:.2%} of {len(a):,} test reviews; "
+             f"only {letter} is correct on {only:,}"
+             for letter, name, record, only in zip("AB", names, records, (counts.only_a, counts.only_b), strict=True)]
+    lines += [f"B - A: {100 * counts.difference:+.2f} points (95% interval {100 * low:+.2f} to {100 * high:+.2f}), "
+              f"p = {counts.p_value:.2g} (exact McNemar test)"]
     both = a.rename(columns={"probability": "probability_a"}).assign(probability_b=b["probability"])
     return lines, both[right_a != right_b]
 
@@ -256,4 +242,4 @@ def update(page, sections):
 
 def markers(name):
     """The lines before and after a section that is written by the program."""
-    return f"<!-- {name}: written by reproduce.py --table -->", f"<!-- end of {name} -->"
+    return f"<!-- {name}: written by reproduce.py --update_readme -->", f"<!-- end of {name} -->"

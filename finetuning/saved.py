@@ -1,6 +1,7 @@
 """A trained model in its run's folder: `model/`, which --save_model writes and predict.py reads.
 
-It holds a model's own files, all in formats that execute nothing when they are read, and two more:
+It holds a model's own files, all in formats that execute nothing when they are read, for an encoder
+a model card (`README.md`) as the Hugging Face Hub expects it, and two more:
 `sha256`, the digests of all others as the program `sha256sum` writes them, and `settings.json`, an
 object with the keys
 
@@ -18,9 +19,10 @@ from finetuning.cli import note
 from finetuning.errors import UserError
 from finetuning.files import folder_written_whole, sha256
 from finetuning.filetypes import refuse_lfs_pointer
-from finetuning.records import MODEL
+from finetuning.records import MODEL, read_record
 
-SETTINGS, DIGESTS = "settings.json", "sha256"
+SETTINGS, DIGESTS, CARD = "settings.json", "sha256", "README.md"
+DATASET = "stanfordnlp/imdb"  # on the Hub
 
 
 def save_model(run_folder, save, **settings):
@@ -30,10 +32,40 @@ def save_model(run_folder, save, **settings):
     """
     with folder_written_whole(Path(run_folder) / MODEL) as folder:
         settings |= save(folder)
+        if settings["family"] == "encoder":
+            model_card(read_record(run_folder), settings).save(folder / CARD)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
         (folder / DIGESTS).write_text("".join(lines), encoding="utf-8", newline="\n")
     note(f"Model: {Path(run_folder) / MODEL}")
+
+
+def model_card(record, settings):
+    """Return the huggingface_hub.ModelCard of a saved encoder; a record's run must be that of the model."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    base, accuracy, (low, high) = settings["base_model"], record["accuracy"]["test"], record["test_interval_95"]
+    data = ModelCardData(
+        language="en", library_name="transformers", pipeline_tag="text-classification", datasets=[DATASET],
+        base_model=None if Path(base).exists() else base, model_name=record["name"],
+        eval_results=[EvalResult(task_type="text-classification", dataset_type=DATASET, dataset_name="IMDb",
+                                 metric_type="accuracy", metric_value=accuracy, dataset_split="test")])
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {record["name"]}
+
+Classifies English movie reviews as negative or positive. It is `{Path(base).name if Path(base).exists() else base}`,
+fine-tuned on the Large Movie Review Dataset (Maas et al., 2011) with this command:
+
+    {record["command"]}
+
+Accuracy on {record["reviews"]["test"]:,} test reviews: {accuracy:.2%} (95% interval {low:.2%} to {high:.2%}).
+The split is the one of the command, not that of the dataset on the Hub.
+
+    pipeline("text-classification", FOLDER)("A film to remember.", truncation=True)
+""")
 
 
 def read_settings(run_folder):

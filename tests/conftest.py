@@ -47,6 +47,7 @@ TINY_CONFIGS = {
     "distilbert": DistilBertConfig(vocab_size=SIZES["vocab_size"], dim=16, n_layers=2, n_heads=2, hidden_dim=32,
                                    max_position_embeddings=40),
     "bert": BertConfig(**SIZES),
+    "minilm": BertConfig(**SIZES),
     "roberta": RobertaConfig(**SIZES, pad_token_id=1, type_vocab_size=1),
     "deberta-v3-base": DebertaV2Config(
         **SIZES, type_vocab_size=0, relative_attention=True, position_buckets=8, norm_rel_ebd="layer_norm",

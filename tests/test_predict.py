@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import REPOSITORY, TINY_CONFIGS, reviews, save_encoder
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import predict
@@ -22,7 +23,7 @@ from finetuning import records
 from finetuning.checkpoint import CHECKPOINT
 from finetuning.errors import UserError
 from finetuning.records import MODEL, PREDICTIONS
-from finetuning.saved import DIGESTS, SETTINGS
+from finetuning.saved import DIGESTS, SETTINGS, model_card
 
 ENCODER = ["--context_length", "16", "--learning_rate", "1e-3", "--precision", "fp32"]
 GPT = [*ENCODER, "--learning_rate", "1e-2", "--weights", "random"]
@@ -116,9 +117,32 @@ def test_a_saved_encoder_is_one_of_transformers(name, saved_run, data_dir):
     assert classify.model.config.label2id == {"negative": 0, "positive": 1}
 
 
+def test_a_saved_encoder_has_a_model_card(saved_run):
+    folder = saved_run("distilbert")
+    record = records.read_record(folder)
+    card = ModelCard.load(folder / MODEL / "README.md")
+    assert card.data.base_model is None  # a local folder, not a model of the Hub
+    assert "It is `encoder`," in card.text
+    assert card.data.datasets == ["stanfordnlp/imdb"]
+    assert card.data.pipeline_tag == "text-classification"
+    result, = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", record["accuracy"]["test"])
+    low, high = record["test_interval_95"]
+    assert f"{record['accuracy']['test']:.2%} (95% interval {low:.2%} to {high:.2%})" in card.text
+    assert record["command"] in card.text
+
+
+def test_a_model_card_names_the_base_model_on_the_hub():
+    record = {"name": "run", "command": "python train_bert_hf.py", "accuracy": {"test": 0.5},
+              "test_interval_95": [0.4, 0.6], "reviews": {"test": 4}}
+    card = model_card(record, {"base_model": "google-bert/bert-base-uncased"})
+    assert card.data.base_model == "google-bert/bert-base-uncased"
+
+
 @pytest.mark.parametrize(("name", "files"), [
     ("last", {"config.json", "model.safetensors", "tokenizer.tiktoken"}),
-    ("distilbert", {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}),
+    ("distilbert", {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                    "README.md"}),
     ("nb-ngrams", {"vocabulary.json", "arrays.safetensors"})])
 def test_what_is_saved_executes_nothing(name, files, saved_run):
     folder = saved_run(name) / MODEL

@@ -17,7 +17,7 @@ from finetuning.interrupts import Terminated, raise_terminated
 from finetuning.records import RECORD, read_record
 from reproduce import Experiment, PublishedLog
 
-ROW = Experiment(8, "Counts", "scikit-learn", 88.85, None, "python train_sklearn_logreg.py", "logreg-counts")
+ROW = Experiment(8, "Counts", None, 88.85, None, "python train_sklearn_logreg.py", "logreg-counts")
 OFFICIAL = ROW._replace(number=14, published=None, data_dir="official")
 
 
@@ -118,7 +118,8 @@ def test_the_command_of_another_seed_and_another_split():
         "python train_sklearn_logreg.py --seed 7 --data_dir official --output_dir results/official/logreg-counts-seed7")
 
 
-@pytest.mark.parametrize("arguments", [["99"], ["8", "--table"], ["--table", "--compare", "a", "b"], ["--seeds", "x"]])
+@pytest.mark.parametrize("arguments", [["99"], ["8", "--update_readme"], ["--update_readme", "--compare", "a", "b"],
+                                       ["8", "--verify", "a"], ["8", "--csv", "a"], ["--seeds", "x"]])
 def test_arguments_that_make_no_sense(arguments, failing):
     assert failing(lambda: reproduce.main(arguments))
 
@@ -135,21 +136,32 @@ def two_runs(root):
     return str(root / "run_a"), str(root / "run_b")
 
 
-def test_a_comparison_lists_the_disagreements_longest_first(two_runs, capsys):
+def test_a_comparison_shows_the_largest_disagreements_first(two_runs, capsys):
     reproduce.main(["--compare", *two_runs])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "A: A-run  75.00% of 4 test reviews"
-    assert lines[2] == "both right 1, only A 2, only B 1, neither 0"
-    assert lines[3].startswith("B - A: -25.00 points")
-    assert lines[4] == "equally good? p = 1 (exact McNemar test)"
-    assert lines[-3:] == ["3\t0\t0.100\t0.800\t4\tdddd", "1\t0\t0.250\t0.750\t3\tbbb", "2\t1\t0.400\t0.600\t2\tcc"]
+    assert lines[:2] == ["A: A-run  75.00% of 4 test reviews; only A is correct on 2",
+                         "B: B-run  50.00% of 4 test reviews; only B is correct on 1"]
+    assert lines[2].startswith("B - A: -25.00 points (95% interval ")
+    assert lines[2].endswith("p = 1 (exact McNemar test)")
+    # The probabilities differ by 0.7, 0.5 and 0.2.
+    assert lines[3:] == ["", "row\tlabel\tA\tB\treview", "3\t0\t0.100\t0.800\tdddd", "1\t0\t0.250\t0.750\tbbb",
+                         "2\t1\t0.400\t0.600\tcc"]
+
+
+def test_a_comparison_shows_ten_disagreements_and_writes_all_to_a_file(two_runs, root, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "SHOWN_DISAGREEMENTS", 1)
+    reproduce.main(["--compare", *two_runs, "--csv", str(root / "all.csv")])
+    assert capsys.readouterr().out.splitlines()[5:] == ["3\t0\t0.100\t0.800\tdddd"]
+    written = pd.read_csv(root / "all.csv", index_col="row")
+    assert written["text"].to_dict() == {3: "dddd", 1: "bbb", 2: "cc"}
+    assert written["probability_b"].tolist() == [0.8, 0.75, 0.6]
 
 
 def test_without_the_reviews_the_numbers_still_come(two_runs, root, failing, capsys):
     (root / "test.csv").unlink()
-    with pytest.raises(UserError, match=r"the 3 reviews on which they disagree cannot be shown"):
+    with pytest.raises(UserError, match=r"cannot show the 3 reviews on which the runs disagree"):
         reproduce.main(["--compare", *two_runs])
-    assert "only A 2, only B 1" in capsys.readouterr().out
+    assert "only A is correct on 2" in capsys.readouterr().out
 
 
 def test_runs_on_other_reviews_are_not_compared(two_runs, tmp_path):
@@ -165,11 +177,11 @@ def table_record(folder, accuracy, data_dir=".", **changes):
 
 
 def test_a_row_of_one_record(tmp_path):
-    table_record(tmp_path / "results" / "logreg-counts-seed123", 0.9)
+    table_record(tmp_path / "results" / "logreg-counts-seed123", 0.9, parameters={"all": 12_345, "trainable": 12_345})
     line = report.results_table([ROW], tmp_path / "results").splitlines()[-1]
-    # Wilson: 0.9 of 10,000 is 89.40% to 90.57%; 60 + 30 seconds are 1.5 minutes.
-    assert line == ("| 8 | Counts | scikit-learn | 88.85% | [90.00%](results/logreg-counts-seed123/record.json) "
-                    "(89.40% to 90.57%) | 1 | a CPU | 1.5 |")
+    # Wilson: 0.9 of 10,000 is 89.40% to 90.57%
+    assert line == ("| 8 | Counts | 12.3k | 88.85% | [90.00%](results/logreg-counts-seed123/record.json) "
+                    "(89.40% to 90.57%) |")
 
 
 def test_a_row_of_three_seeds(tmp_path):
@@ -177,12 +189,21 @@ def test_a_row_of_three_seeds(tmp_path):
         table_record(tmp_path / "results" / f"logreg-counts-seed{seed}", accuracy)
     line = report.results_table([ROW], tmp_path / "results").splitlines()[-1]
     assert "[90.00%](results/logreg-counts-seed0/record.json) [+](results/logreg-counts-seed1/record.json)" in line
-    assert "| 3, sd 1.00 |" in line
+    assert line.endswith(", mean of 3 seeds, sd 1.00 |")
 
 
 def test_a_missing_record_shows(tmp_path):
-    assert report.results_table([ROW], tmp_path).endswith("| 88.85% | not measured yet |  |  |  |")
-    assert report.results_table([OFFICIAL], tmp_path, "ja").endswith("| (独自の行) | 未計測 |  |  |  |")
+    assert report.results_table([ROW], tmp_path).endswith("| 8 | Counts | – | 88.85% | – |")
+    bert = ROW._replace(hub_id="google-bert/bert-base-uncased", published=None)
+    assert report.results_table([bert], tmp_path, "ja").endswith("| 8 | Counts | 109.5M | – | – |")
+
+
+def test_a_record_under_a_former_name_shows_until_there_is_one_under_the_new_name(tmp_path):
+    row = ROW._replace(name="new", former_name="old")
+    table_record(tmp_path / "results" / "old-seed123", 0.8)
+    assert "[80.00%](results/old-seed123/record.json)" in report.results_table([row], tmp_path / "results")
+    table_record(tmp_path / "results" / "new-seed123", 0.9)
+    assert [*report.recorded(row, tmp_path / "results")] == ["results/new-seed123/record.json"]
 
 
 def test_a_record_of_other_data_is_not_shown_as_a_row(tmp_path):
@@ -195,7 +216,7 @@ def test_both_splits_side_by_side(tmp_path):
     table_record(tmp_path / "results" / "logreg-counts-seed123", 0.9)
     table_record(tmp_path / "results" / "official" / "logreg-counts-seed123", 0.8, "official")
     line = report.splits_table([ROW, OFFICIAL], tmp_path / "results").splitlines()[-1]
-    # 2 of the 3 reviews that are no copies are right; 0.8 of 25,000 is 79.50% to 80.49%.
+    # 2 of the 3 reviews that are no duplicates are classified correctly; 0.8 of 25,000 is 79.50% to 80.49%.
     assert line.startswith("| 8 | Counts | [90.00%](results/logreg-counts-seed123/record.json) | 66.67% | [80.00%]")
     assert "(79.50% to 80.49%)" in line
 
@@ -204,7 +225,7 @@ def test_what_ten_thousand_reviews_resolve():
     text = report.resolution(reproduce.EXPERIMENTS, worse=4, better=6)
     # Two shares of 10,000, 0.9295 and 0.9379: sqrt((0.065530 + 0.058244) / 10,000) = 0.0035182; times 1.96: 0.69;
     # 0.0084 / 0.0035182 = 2.3876 standard errors, two-sided p = 0.0170
-    assert "lie 0.7 points apart" in text
+    assert "0.7 points apart" in text
     assert "0.84 points" in text
     assert "p = 0.017" in text
 
@@ -223,8 +244,9 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path):
 @pytest.fixture
 def copy_of_the_project(tmp_path):
     """The pages and the records, to be changed."""
+    (tmp_path / "docs").mkdir()
     for page in reproduce.PAGES:
-        shutil.copy(REPOSITORY / page, tmp_path)
+        shutil.copy(REPOSITORY / page, tmp_path / page)
     shutil.copytree(REPOSITORY / "results", tmp_path / "results")
     (tmp_path / reproduce.BENCHMARKS).parent.mkdir()
     shutil.copy(REPOSITORY / reproduce.BENCHMARKS, tmp_path / reproduce.BENCHMARKS)
@@ -248,8 +270,8 @@ def test_a_deleted_record_shows(copy_of_the_project):
     reproduce.write_pages(copy_of_the_project)
     after = snapshot(copy_of_the_project)
     changed = {path.as_posix() for path in before if before[path] != after[path]}
-    assert changed == {"README.md", "README.ja.md", "results/accuracy_against_time.svg"}
-    assert "88.85% | not measured yet" in (copy_of_the_project / "README.md").read_text(encoding="utf-8")
+    assert changed == {*reproduce.PAGES, "results/accuracy_against_time.svg"}
+    assert "88.85% | – |" in (copy_of_the_project / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_measured_log_is_the_one_the_run_printed(tmp_path, tiny_gpt, data_dir, capsys):
@@ -328,20 +350,23 @@ def test_published_logs_are_shown_in_full():
     assert "Training completed in 23.01 minutes" in report.published_log(rows[11])
 
 
-def test_a_published_log_is_shown_and_a_measured_one_below_it(tmp_path):
+def test_a_published_log_comes_before_the_measured_one(tmp_path):
     row = ROW._replace(log=PublishedLog((95.62, 95.0), 9.48, 95.64, 92.32), published=91.88)
-    text = report.logs([row], tmp_path)
-    assert text.startswith("<details><summary>Row 8, Counts: as published</summary>")
-    assert ("```\n...\nTraining accuracy: 95.62% | Validation accuracy: 95.00%\n"
-            "Training completed in 9.48 minutes.\n") in text
-    assert report.logs([row._replace(log=None)], tmp_path) == ""
-    write_example(tmp_path / "results" / "logreg-counts-seed1", reviews=report.REVIEWS["."])
-    both = report.logs([row], tmp_path / "results")
-    assert both.startswith(text)
-    assert "<summary>Row 8, Counts: measured here</summary>" in both
+    published = report.log_section(row, tmp_path)
+    lines = published.splitlines()
+    assert (lines[0], lines[-1]) == ("```", "```")
+    assert lines[-6:-1] == ["Training accuracy: 95.62% | Validation accuracy: 95.00%",
+                            "Training completed in 9.48 minutes.", "Training accuracy: 95.64%",
+                            "Validation accuracy: 92.32%", "Test accuracy: 91.88%"]
+    assert report.log_section(row._replace(log=None), tmp_path) == ""
+    table_record(tmp_path / "results" / "logreg-counts-seed1", 0.9)
+    both = report.log_section(row, tmp_path / "results")
+    measured = "Measured here on a CPU ([record](results/logreg-counts-seed1/record.json)):"
+    assert both.startswith(f"{published}\n{measured}\n```\n")
+    assert both.endswith("Test Accuracy: 90.00%\n```")
 
 
-def test_times_are_those_of_the_record_or_put_together_from_parts(tmp_path):
+def test_times_are_those_of_the_record_or_extrapolated(tmp_path):
     results, benchmarks = tmp_path / "results", tmp_path / "results.json"
     sides = [{"reference": {}, "project": {"run": hours * 3600, "peak_memory": 2e9}} for hours in (1, 9, 2)]
     benchmarks.write_text(json.dumps([{"hardware": "a GPU", "rows": {"counts": sides}}]))
@@ -349,8 +374,8 @@ def test_times_are_those_of_the_record_or_put_together_from_parts(tmp_path):
 
     def line(row):
         return report.times_table([row], results, benchmarks).splitlines()[-1]
-    assert line(row) == "| 8 | Counts | 9.5 min | not measured yet |  |  |"
+    assert line(row) == "| 8 | Counts | 9.5 min | – |  |  |"
     row = row._replace(benchmark="counts")
-    assert line(row) == "| 8 | Counts | 9.5 min | 2.0 h, put together from parts | 2.0 GB | a GPU |"
+    assert line(row) == "| 8 | Counts | 9.5 min | 2.0 h, extrapolated | 2.0 GB | a GPU |"
     table_record(results / "logreg-counts-seed123", 0.9, peak_memory=3_000_000_000)
     assert line(row) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"

@@ -10,7 +10,7 @@ from test_train_gpt import FINAL_LINES
 from transformers import AutoModelForSequenceClassification
 
 import train_bert_hf
-from finetuning import records
+from finetuning import records, saved
 from finetuning.batches import IMDbDataset
 from finetuning.errors import UserError
 from finetuning.loop import Classifier, predict
@@ -35,6 +35,14 @@ def test_each_model_of_the_table_by_its_hub_id(name, data_dir, tmp_path, hub_sna
     assert record["name"] == f"{name}-all-context_length_24-precision_fp32-seed123"
     assert len(record["losses"]) == 6
     assert len(set(record["losses"])) == 6
+
+
+def test_a_saved_model_of_the_table_names_its_hub_id_as_base_model(data_dir, tmp_path, hub_snapshot):
+    save_encoder(hub_snapshot(train_bert_hf.MODELS["bert"].hub_id), TINY_CONFIGS["bert"])
+    train_bert_hf.main(["--model", "bert", "--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"),
+                        "--max_steps", "1", "--save_model", *QUICK])
+    _, settings = saved.read_settings(tmp_path / "run")
+    assert settings["base_model"] == "google-bert/bert-base-uncased"
 
 
 @pytest.mark.parametrize("mode", ["all", "last_block", "last_layer"])
