@@ -4,6 +4,9 @@
 
 downloads the official archive, reads its 50,000 labelled reviews straight out of it, shuffles
 and cuts them as the published experiment did, and writes the three files.
+
+Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
+https://github.com/rasbt/LLMs-from-scratch
 """
 
 import lzma

@@ -1,4 +1,8 @@
-"""GPT-2's published weights, from the Hugging Face Hub to NumPy arrays in the book's layout."""
+"""GPT-2's published weights, from the Hugging Face Hub to NumPy arrays in the book's layout.
+
+Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
+https://github.com/rasbt/LLMs-from-scratch
+"""
 
 import json
 import re

@@ -3,6 +3,9 @@
 The architecture is GPT-2 (Radford et al., 2019). Attention runs through PyTorch's
 `scaled_dot_product_attention`; otherwise this computes what the book's code computes, from the
 same weights: parameters are created in the book's order, and the book's state dicts load.
+
+Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
+https://github.com/rasbt/LLMs-from-scratch
 """
 
 import torch

@@ -1,10 +1,13 @@
-"""The README's commands are ones that exist, and its numbers are those of the records."""
+"""The pages give commands that exist, links that lead somewhere, and a layout that names every file."""
 
+import ast
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import REPOSITORY
+from packaging.requirements import Requirement
 
 import download_prepare_dataset
 import predict
@@ -14,56 +17,118 @@ import train_gpt
 import train_sklearn_logreg
 from finetuning.records import run_folder
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PARSERS = {"download_prepare_dataset.py": download_prepare_dataset, "train_gpt.py": train_gpt,
            "train_bert_hf.py": train_bert_hf, "train_sklearn_logreg.py": train_sklearn_logreg,
            "reproduce.py": reproduce, "predict.py": predict}
+PAGES = ["README.md", "README.ja.md", "CONTRIBUTING.md", "benchmarks/README.md", "tests/README.md",
+         *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+
+
+def read(page):
+    return (REPOSITORY / page).read_text(encoding="utf-8")
+
+
+def code_blocks(text):
+    """Return the lines of the shell commands of a page."""
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
 
 
 def commands(text):
-    """What is given to python in each command: [script, argument, ...]"""
-    lines = re.findall(r"^(?:.* && |torchrun (?:--n\w+ \d+ |--rdzv\w+ \S+ )+)?((?:python )?\w+\.py\b.*)$",
-                       text, re.MULTILINE)
-    return [shlex.split(line.removeprefix("python ").partition("`")[0], comments=True) for line in lines]
+    """Return what each command of a page passes to Python: [script, argument, ...]."""
+    matches = [re.match(r"(?:.* && |torchrun (?:--n\w+ \d+ |--rdzv\w+ \S+ )+)?(?:python )?(\w+\.py\b.*)$", line)
+               for line in code_blocks(text)]
+    return [shlex.split(match[1], comments=True) for match in matches if match]
 
 
-def test_every_command_is_understood():
-    found = commands(README)
-    assert {script for script, *_ in found} == set(PARSERS)
-    for script, *arguments in found:
-        PARSERS[script].parse_args(arguments)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_understood(page):
+    for script, *arguments in commands(read(page)):
+        if script in PARSERS:
+            PARSERS[script].parse_args(arguments)
+
+
+def test_the_readme_uses_every_script():
+    assert {script for script, *_ in commands(read("README.md"))} == set(PARSERS)
 
 
 @pytest.mark.parametrize("row", reproduce.EXPERIMENTS, ids=lambda row: f"{row.number} {row.name}")
 def test_every_experiment_has_its_command_and_its_folder(row):
+    page = "README.md" if row.number <= 8 else "docs/experiments.md"
     script, *arguments = shlex.split(reproduce.command_line(row, reproduce.SEED))[1:]
-    assert [script, *arguments] in commands(README)
+    assert [script, *arguments] in commands(read(page))
     args = PARSERS[script].parse_args(arguments)
     folder = run_folder(args, PARSERS[script].run_name(args))
     assert folder.as_posix() == reproduce.run_folder(row, reproduce.SEED)
 
 
-def test_both_languages_give_the_same_commands():
-    japanese = (REPOSITORY / "README.ja.md").read_text(encoding="utf-8")
-    assert commands(japanese) == commands(README)
-    assert code_blocks(japanese) == code_blocks(README)
+def test_both_languages_have_the_same_structure():
+    english, japanese = (read(page) for page in ("README.md", "README.ja.md"))
+    assert code_blocks(japanese) == code_blocks(english)
+    for pattern in (r"^#+ (?=\d)(.*?[.])", r"^(#+) ", r"^(\s*-) ", r"^<!-- (.*) -->", r"`(--[^`]*)`"):
+        assert sorted(re.findall(pattern, japanese, re.MULTILINE)) == sorted(re.findall(pattern, english, re.MULTILINE))
+    assert links(japanese) - {"README.md"} == links(english) - {"README.ja.md"}
 
 
-def code_blocks(text):
-    """The shell commands of a page, without their comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+def links(text):
+    """Return the targets of a page's links and images."""
+    return set(re.findall(r"\]\(([^)\s]+)\)", text))
 
 
-def test_the_test_command_is_the_one_ci_runs():
-    assert "python -m pytest" in README.splitlines()
-    assert [line for line in README.splitlines() if line.endswith("-r requirements-dev.txt && python -m pytest")]
-    assert "python -m pytest" in (REPOSITORY / ".ci" / "run").read_text().splitlines()
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for link in links(read(page)):
+        if link.startswith(("https://", "../../actions/")):  # on GitHub
+            continue
+        path, _, anchor = link.partition("#")
+        target = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
 @pytest.mark.parametrize("page", reproduce.PAGES)
-def test_the_layout_names_every_file(page):
-    tree = (REPOSITORY / page).read_text(encoding="utf-8").split("\n.\n├── ")[1].split("```")[0]
-    named = re.findall(r"(?:^|── )(\w+\.py)", tree)
-    assert sorted(named) == sorted(path.name for folder in (REPOSITORY, REPOSITORY / "finetuning")
-                                   for path in folder.glob("*.py") if path.name != "__init__.py")
+def test_the_layout_names_every_file_and_folder_at_the_top(page):
+    if not page.startswith("README"):
+        return
+    layout = read(page).split("\ndownload_prepare_dataset.py ")[1].split("```")[0] + " download_prepare_dataset.py"
+    assert set(re.findall(r"\w+\.py", layout)) == {path.name for path in REPOSITORY.glob("*.py")}
+    for folder in ("finetuning", "benchmarks", "results", "docs", "tests"):
+        assert f"{folder}/" in layout
+        assert (REPOSITORY / folder).is_dir()
+
+
+def test_ci_installs_and_runs_what_the_readme_says():
+    ci = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    install = "-r requirements-extra.txt -r requirements-dev.txt -c constraints.txt"
+    assert f"pip install {install} && python -m pytest" in read("README.md")
+    assert install in ci
+    assert "python -m pytest" in ci.splitlines()
+    assert "run: .ci/run" in (REPOSITORY / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+
+
+def requirements(name):
+    """Return {package: requirement} of a requirements file."""
+    lines = [line for line in read(name).splitlines() if line and not line.startswith("#")]
+    return {requirement.name.lower().replace("_", "-"): requirement for requirement in map(Requirement, lines)}
+
+
+def test_the_versions_of_the_records_are_within_the_bounds():
+    exact = requirements("constraints.txt")
+    for package, requirement in requirements("requirements-extra.txt").items():
+        version, = exact[package].specifier
+        assert version.operator == "==" and requirement.specifier.contains(version.version)
+
+
+def test_everything_that_is_imported_is_required():
+    """Packages of the scripts are listed in requirements-extra.txt; TensorBoard is optional."""
+    ours = {path.stem for path in REPOSITORY.glob("*.py")} | {"finetuning", "benchmarks"}
+    renamed = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+    imported = set()
+    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("finetuning/**/*.py"), *REPOSITORY.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) else [])
+            imported |= {name.partition(".")[0] for name in names}
+    listed = {*requirements("requirements-extra.txt"), "tensorboard"}
+    assert {renamed.get(name, name) for name in imported - ours - sys.stdlib_module_names} <= listed
