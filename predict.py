@@ -1,12 +1,12 @@
-"""Classify texts with the model of a run that was made with --save_model.
+"""Classify texts with the model of a run that was started with --save_model.
 
     python predict.py results/logreg-counts-seed123 "A film to remember." "A film to forget."
-    python predict.py results/logreg-counts-seed123 --csv test.csv > answers.tsv
+    python predict.py results/logreg-counts-seed123 --csv test.csv > predictions.tsv
     python predict.py results/logreg-counts-seed123 --explain "A film to remember."
 
-For each text it prints a line: label, probability of that label, and how the text begins; for a
-blank line of standard input, a blank line. Texts are cut, padded and classified as the run's own test
-reviews were, so that these get the probabilities that stand in the run's test_predictions.csv.
+Prints one line per text: label, probability of that label, and the beginning of the text; a blank line
+of standard input gives a blank line. Texts are truncated, padded and classified like the test reviews
+of the run, which therefore get the probabilities in its test_predictions.csv.
 
 Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
 https://github.com/rasbt/LLMs-from-scratch
@@ -16,57 +16,61 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from itertools import islice
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from finetuning.cli import ArgumentParser, note, run, user_path
-from finetuning.errors import UserError
-from finetuning.reviews import CHUNK, LABELS, iterate_reviews
-from finetuning.saved import read_settings
-from finetuning.uncertainty import answers
+from finetuning.cli import ArgumentParser, run_main, user_path
+from finetuning.data.reviews import LABEL_NAMES, iterate_reviews
+from finetuning.reporting.saved_models import read_settings
+from finetuning.reporting.statistics import predicted_labels
+from finetuning.system.console import print_status
+from finetuning.system.errors import UserError
 
-BEGINNING = 80  # characters of a text that are shown
-REASONS = 8  # features for each label that --explain shows
+TEXTS_PER_CHUNK = 25_000  # a whole test set, so that its reviews are batched as in the run
+PREVIEW_CHARS = 80  # characters of a text that are printed
+TOP_K = 8  # features that --explain prints for each label
 
 
 def main(argv=None):
+    """Load a saved model and print its predictions."""
     args = parse_args(argv)
     folder, settings = read_settings(args.run_folder)
-    script, classifier = FAMILIES[settings["family"]]
-    if args.explain and classifier is not Linear:
-        raise UserError(f"--explain needs a linear model, whose words can be weighed one by one; the model in "
-                        f"{folder} is none (train_sklearn_logreg.py makes one)")
-    classifier = classifier(importlib.import_module(script), folder, settings, args.device)
-    for lines in texts_of(args):
+    script, classifier_class = MODEL_TYPES[settings["model_type"]]
+    if args.explain and classifier_class is not LinearClassifier:
+        raise UserError(
+            f"--explain needs a linear model, which train_sklearn_logreg.py trains; the model in {folder} is a "
+            f"{settings['model_type']} model"
+        )
+    classifier = classifier_class(importlib.import_module(script), folder, settings, args.device)
+    for lines in read_texts(args):
         texts = [line for line in lines if line.strip()]
-        predictions = iter(describe(classifier, texts, args.explain) if texts else [])
+        predictions = iter(format_predictions(classifier, texts, args.explain) if texts else [])
         for line in lines:
             print(next(predictions) if line.strip() else "", flush=True)
 
 
-def describe(classifier, texts, explain):
-    """Yield what is printed for each text: its label, probability and beginning; below it, to `explain`, the reasons.
-    """
-    reasons = classifier.reasons(texts) if explain else [[]] * len(texts)
-    for text, positive, lines in zip(texts, classifier(texts), reasons, strict=True):
-        label = int(answers(positive))
-        beginning = " ".join(text.split())[:BEGINNING]
-        first = f"{LABELS[label]}\t{positive if label else 1 - positive:.6f}\t{beginning}"
-        yield "\n".join([first, *(f"\t{line}" for line in lines)])
-
-
 def parse_args(argv=None):
+    """Parse the command line."""
     parser = ArgumentParser(description="Classify texts with the saved model of a run.")
-    parser.add_argument("run_folder", type=user_path, metavar="RUN_FOLDER",
-                        help="folder of a run that was made with --save_model")
-    parser.add_argument("texts", nargs="*", metavar="TEXT",
-                        help="a text to classify (default: each line of standard input)")
-    parser.add_argument("--csv", type=user_path, metavar="FILE",
-                        help="classify the column `text` of a CSV file instead (default: none)")
-    parser.add_argument("--explain", action="store_true",
-                        help="show which words push the decision of a linear model, and how far (in log-odds)")
+    parser.add_argument(
+        "run_folder", type=user_path, metavar="RUN_FOLDER", help="folder of a run that was started with --save_model"
+    )
+    parser.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="a text to classify (default: each line of standard input)"
+    )
+    parser.add_argument(
+        "--csv", type=user_path, metavar="FILE", help="classify the column `text` of a CSV file (default: none)"
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="print the words with the largest contributions to the log-odds of a linear model",
+    )
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
     args = parser.parse_intermixed_args(argv)  # texts may come before and after the flags
     if args.csv and args.texts:
@@ -74,91 +78,116 @@ def parse_args(argv=None):
     return args
 
 
-def texts_of(args):
-    """Yield the texts to classify in lists of at most CHUNK; raises UserError where one is empty or cannot be read."""
+def read_texts(args) -> Iterator[list[str]]:
+    """Yield the texts to classify in chunks; raises UserError if a text is empty or cannot be read."""
     if args.csv:
         try:
-            yield from (frame["text"].tolist() for frame in iterate_reviews(args.csv, columns=["text"]))
+            for frame in iterate_reviews(args.csv, columns=["text"], chunk_size=TEXTS_PER_CHUNK):
+                yield frame["text"].tolist()
         except OSError as error:
             raise UserError(f"cannot read --csv {args.csv}: {error.strerror}") from error
         return
     if not all(text.strip() for text in args.texts):
         raise UserError("a text is empty")
-    lines = map(decode_argument, args.texts) if args.texts else lines_of_standard_input()
-    while texts := list(islice(lines, CHUNK)):
+    lines = map(decode_argument, args.texts) if args.texts else read_stdin()
+    while texts := list(islice(lines, TEXTS_PER_CHUNK)):
         yield texts
 
 
-def decode_argument(text):
-    """Return an argument of the command line as UTF-8, whatever encoding the locale made Python read it in."""
+def decode_argument(text: str) -> str:
+    """Decode a command-line argument as UTF-8, even if the locale made Python decode it otherwise."""
     try:
         return os.fsencode(text).decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise UserError(f"a text is not in UTF-8: {error.reason}") from error
 
 
-def lines_of_standard_input():
-    """Yield the lines of standard input, which is UTF-8 in any locale, with or without a byte order mark."""
+def read_stdin() -> Iterator[str]:
+    """Yield the lines of standard input, UTF-8 in any locale, with or without a byte order mark."""
     if sys.stdin is None:
         raise UserError("no text is given, and standard input is closed")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     if sys.stdin.isatty():
-        note("Type a text on each line; Ctrl-D (on Windows Ctrl-Z, Enter) ends")
+        print_status("Type one text per line; Ctrl-D (on Windows Ctrl-Z, Enter) ends")
     try:
         yield from sys.stdin
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not in {error.encoding.upper()}: {error.reason}") from error
 
 
-class Neural:
-    """A GPT or an encoder: called with texts, it returns their probabilities of being positive."""
-
-    def __init__(self, script, folder, settings, device):
-        from finetuning.loop import Classifier
-        from finetuning.runtime import select_device, select_precision
-        device = select_device(device)
-        # What is learned in bf16 may be used where bf16 is slow or absent, what is learned in fp32 stays in fp32.
-        precision = select_precision("auto", device)[0] if settings["precision"] == "bf16" else "fp32"
-        model, read_logits, self.dataset = script.load_saved(folder, settings)
-        self.classifier = Classifier(model.to(device), read_logits, device, precision)
-
-    def __call__(self, texts):
-        from finetuning.loop import predict
-        return predict(self.dataset(texts), self.classifier).double().softmax(dim=-1)[:, 1].numpy()
+def format_predictions(classifier, texts: list[str], explain: bool) -> Iterator[str]:
+    """Yield what is printed for each text: label, probability and beginning; with `explain`, also the contributions."""
+    explanations = classifier.explain(texts) if explain else [[]] * len(texts)
+    for text, positive, explanation in zip(texts, classifier(texts), explanations, strict=True):
+        label = int(predicted_labels(positive))
+        preview = " ".join(text.split())[:PREVIEW_CHARS]
+        prediction = f"{LABEL_NAMES[label]}\t{positive if label else 1 - positive:.6f}\t{preview}"
+        yield "\n".join([prediction, *(f"\t{line}" for line in explanation)])
 
 
-class Linear:
-    """A logistic regression; it can give its reasons."""
+class NeuralClassifier:
+    """A saved GPT or encoder."""
 
-    def __init__(self, script, folder, settings, device):
-        self.vectorizer, self.model = script.load_saved(folder, settings)
-        self.names = cache(self.vectorizer.get_feature_names_out)
+    def __init__(self, script: ModuleType, folder: Path, settings: dict, device: str):
+        from finetuning.performance.device import select_device, select_saved_precision, set_matmul_precision
+        from finetuning.performance.inference import Classifier
 
-    def __call__(self, texts):
+        torch_device = select_device(device)
+        precision = select_saved_precision(settings["precision"], settings.get("hardware", ""), torch_device)
+        set_matmul_precision(precision)
+        model, pooling, self.to_dataset = script.load_finetuned(folder, settings)
+        skip_padding = settings.get("skip_padding", False)
+        self.classifier = Classifier(
+            model.to(torch_device), pooling, torch_device, precision, skip_padding=skip_padding
+        )
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Return the probabilities (texts,) of being positive."""
+        from finetuning.performance.inference import predict_logits
+
+        return predict_logits(self.to_dataset(texts), self.classifier).double().softmax(dim=-1)[:, 1].numpy()
+
+
+class LinearClassifier:
+    """A saved logistic regression, which can explain its predictions."""
+
+    def __init__(self, script: ModuleType, folder: Path, settings: dict, device: str):
+        self.vectorizer, self.model = script.load_finetuned(folder, settings)
+        self.feature_names = cache(self.vectorizer.get_feature_names_out)
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Return the probabilities (texts,) of being positive."""
         return self.model.predict_proba(self.vectorizer.transform(texts))[:, 1]
 
-    def reasons(self, texts):
-        """For each text the lines that explain its log-odds: what pushes to either label most, and the intercept."""
-        pushes = self.vectorizer.transform(texts).multiply(self.model.coef_).tocsr()
-        return [self.lines(row.indices, row.data) for row in pushes]
+    def explain(self, texts: list[str]) -> list[list[str]]:
+        """Return lines for each text: the top contributions to its log-odds for each label, and their sum."""
+        contributions = self.vectorizer.transform(texts).multiply(self.model.coef_).tocsr()
+        return [self.format_contributions(row.indices, row.data) for row in contributions]
 
-    def lines(self, columns, pushes):
-        """The strongest of a text's pushes, to 1 where positive, as a line for each label, and the rest in a sum."""
-        lines, order = [], np.argsort(-np.abs(pushes), kind="stable")
-        for label, name in enumerate(LABELS):
-            strongest = [place for place in order if (pushes[place] > 0) == label][:REASONS]
-            names = self.names()[columns[strongest]]
-            words = ", ".join(f"{name} {pushes[place]:+.2f}" for name, place in zip(names, strongest, strict=True))
-            lines.append(f"{name}: {words or 'nothing'}")
-        intercept = self.model.intercept_[0]
-        return [*lines, f"all {len(pushes)} together {pushes.sum():+.2f}, with any text's {intercept:+.2f}: "
-                        f"log-odds {pushes.sum() + intercept:+.2f}"]
+    def format_contributions(self, features: np.ndarray, contributions: np.ndarray) -> list[str]:
+        """Return a line for each label with its top features, and a line with the log-odds of a positive review."""
+        lines, ranking = [], np.argsort(-np.abs(contributions), kind="stable")
+        for label, label_name in enumerate(LABEL_NAMES):
+            top = [index for index in ranking if (contributions[index] > 0) == label][:TOP_K]
+            names = self.feature_names()[features[top]]
+            pairs = [f"{name} {contributions[index]:+.2f}" for name, index in zip(names, top, strict=True)]
+            lines.append(f"{label_name}: {', '.join(pairs) or 'none'}")
+        total, intercept = contributions.sum(), self.model.intercept_[0]
+        count = len(contributions)
+        lines.append(
+            f"all {count} features {total:+.2f}, intercept {intercept:+.2f}: log-odds {total + intercept:+.2f}"
+        )
+        return lines
 
 
-# How a model is run, and which script reads its files, by the family that its settings name.
-FAMILIES = {"gpt": ("train_gpt", Neural), "encoder": ("train_bert_hf", Neural),
-            "linear": ("train_sklearn_logreg", Linear)}
+# By the model type in the settings: the script that loads the model and the class that runs it.
+MODEL_TYPES = {
+    "gpt": ("train_gpt", NeuralClassifier),
+    "encoder": ("train_bert_hf", NeuralClassifier),
+    "linear": ("train_sklearn_logreg", LinearClassifier),
+}
+
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -28,17 +28,18 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # The book keeps its causal mask as a buffer; here the mask is a flag of the attention call.
         self.register_load_state_dict_pre_hook(
-            lambda module, state_dict, prefix, *_: state_dict.pop(prefix + "mask", None))
+            lambda module, state_dict, prefix, *_: state_dict.pop(prefix + "mask", None)
+        )
 
     def forward(self, x):
-        """(batch, tokens, d_in) -> (batch, tokens, d_out)"""
+        """Map (batch, tokens, d_in) to (batch, tokens, d_out)."""
         queries, keys, values = (self.split_heads(linear(x)) for linear in (self.W_query, self.W_key, self.W_value))
         dropout = self.dropout.p if self.training else 0.0
         context = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
-        """(batch, tokens, d_out) -> (batch, num_heads, tokens, head_dim)"""
+        """Map (batch, tokens, d_out) to (batch, num_heads, tokens, head_dim)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
@@ -96,7 +97,7 @@ class TransformerBlock(nn.Module):
         self.drop_resid = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x):
-        """(batch, tokens, emb_dim) -> (batch, tokens, emb_dim)"""
+        """Map (batch, tokens, emb_dim) to (batch, tokens, emb_dim)."""
         x = x + self.drop_resid(self.att(self.norm1(x)))
         return x + self.drop_resid(self.ff(self.norm2(x)))
 
@@ -117,7 +118,7 @@ class GPTModel(nn.Module):
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
     def forward(self, in_idx):
-        """Token ids (batch, tokens) -> logits (batch, tokens, vocab_size)"""
+        """Map token ids (batch, tokens) to logits (batch, tokens, vocab_size)."""
         x = self.tok_emb(in_idx) + self.pos_emb(torch.arange(in_idx.shape[1], device=in_idx.device))
         return self.out_head(self.final_norm(self.trf_blocks(self.drop_emb(x))))
 
@@ -156,8 +157,12 @@ def _targets(gpt):
     yield "wpe", [gpt.pos_emb.weight], False
     for i, block in enumerate(gpt.trf_blocks):
         qkv = block.att.W_query, block.att.W_key, block.att.W_value
-        linears = {"attn/c_attn": qkv, "attn/c_proj": [block.att.out_proj],
-                   "mlp/c_fc": [block.ff.layers[0]], "mlp/c_proj": [block.ff.layers[2]]}
+        linears = {
+            "attn/c_attn": qkv,
+            "attn/c_proj": [block.att.out_proj],
+            "mlp/c_fc": [block.ff.layers[0]],
+            "mlp/c_proj": [block.ff.layers[2]],
+        }
         for name, layers in linears.items():
             yield f"blocks/{i}/{name}/w", [layer.weight for layer in layers], True
             yield f"blocks/{i}/{name}/b", [layer.bias for layer in layers], False
@@ -169,7 +174,7 @@ def _targets(gpt):
 
 
 def _stored_shape(parameters, transpose):
-    """The shape of the published array that fills `parameters` (side by side along the last axis)."""
+    """Return the shape of the published array that fills `parameters`, concatenated along the last axis."""
     shape = parameters[0].shape[::-1] if transpose else parameters[0].shape
     return (*shape[:-1], shape[-1] * len(parameters))
 

@@ -1,12 +1,13 @@
-"""Saving an unfinished run, and going on with it as if it had never stopped.
+"""Checkpoints, from which an interrupted run resumes with the results of an uninterrupted one.
 
-A run's folder holds `checkpoint.pt` and, from its second one on, `checkpoint.previous.pt`. Each is
-the SHA-256 of what follows (32 bytes) and then what `torch.save` writes, so that damage is noticed.
+A run's folder holds `checkpoint.pt` and, from the second checkpoint on, `checkpoint.previous.pt`. Each is the
+SHA-256 digest of the rest of the file (32 bytes) followed by what `torch.save` writes.
 """
 
 import hashlib
 import os
 import pickle
+import re
 import time
 import warnings
 from dataclasses import asdict
@@ -14,92 +15,118 @@ from pathlib import Path
 
 import torch
 
-from finetuning.cli import note
-from finetuning.errors import UserError
-from finetuning.files import written_whole
-from finetuning.filetypes import refuse_lfs_pointer
-from finetuning.loop import Progress, check_losses
-from finetuning.runtime import random_state, set_random_state
+from finetuning.performance.device import get_rng_state, set_rng_state
+from finetuning.performance.inference import Classifier
+from finetuning.system.console import print_status
+from finetuning.system.errors import UserError
+from finetuning.system.files import atomic_write
+from finetuning.system.filetypes import refuse_lfs_pointer
+from finetuning.training import TrainState, check_finite
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DIGEST_BYTES = 32
-STATE = {"identity", "device", "precision", "trainable", "optimizer", "random_state", "progress"}
-# What may differ between the run that saved a checkpoint and the one that goes on with it.
-FREE_TO_CHANGE = {"resume", "checkpoint_minutes", "output_dir", "data_dir", "models_dir", "accumulate",
-                  "tensorboard", "save_model", "compile", "precision", "device"}  # the device's type may not
+KEYS = {"fingerprint", "device", "precision", "trainable", "optimizers", "rng_state", "train_state"}
+# Arguments that a resumed run may change. The type of the device may not change, which `restore` checks.
+IGNORED_ON_RESUME = {"resume", "checkpoint_minutes", "output_dir", "data_dir", "models_dir", "micro_batch_size",
+                     "tensorboard", "save_model", "compile", "precision", "device"}  # fmt: skip
 
 
-class CheckpointWriter:
-    """Called after each update, it saves a checkpoint where one is due: every so many minutes, and after an epoch."""
+class Checkpointer:
+    """Callback that saves a checkpoint every few minutes and at the end of an epoch."""
 
-    def __init__(self, folder, classifier, optimizer, identity, minutes):
-        self.path, self.previous = checkpoints(folder)
+    def __init__(
+        self,
+        folder: Path,
+        classifier: Classifier,
+        optimizers: list[torch.optim.Optimizer],
+        fingerprint: dict,
+        minutes: float,
+    ):
+        self.path, self.previous = checkpoint_paths(folder)
         self.classifier = classifier
-        self.optimizer = optimizer
-        self.identity = identity
-        self.seconds = 60 * minutes
-        self.last = time.monotonic()
+        self.optimizers = optimizers
+        self.fingerprint = fingerprint
+        self.interval = 60 * minutes
+        self.last_saved = time.monotonic()
 
-    def __call__(self, progress, now=False):
-        if now or progress.order is None or time.monotonic() - self.last >= self.seconds:
-            self.save(progress)
-            self.last = time.monotonic()
+    def __call__(self, state: TrainState, now: bool = False) -> None:
+        """Save a checkpoint if one is due, or `now`."""
+        if now or state.batches is None or time.monotonic() - self.last_saved >= self.interval:
+            self.save(state)
+            self.last_saved = time.monotonic()
 
-    def save(self, progress):
-        """Write all that the run needs to go on. Frozen weights are not saved: they never change.
+    def save(self, state: TrainState) -> None:
+        """Save the trainable weights and everything else that resuming needs.
 
-        A disk that is full costs the run its checkpoint and not what it has learned: it goes on,
-        with a note. Raises UserError where losses or weights are no numbers any more.
+        If the disk is full, warn and continue training. Raises UserError if losses or weights are not finite.
         """
         trainable = {name: p.detach() for name, p in self.classifier.model.named_parameters() if p.requires_grad}
-        check_losses(progress, updates=len(progress.losses))
+        check_finite(state, num_steps=len(state.losses))
         if not all(tensor.isfinite().all() for tensor in trainable.values()):
-            raise UserError(f"weights are no finite numbers any more after update {progress.step}; "
-                            "try a smaller --learning_rate; any checkpoint is from before that")
-        state = {
-            "identity": self.identity, "device": self.classifier.device.type, "precision": self.classifier.precision,
-            "trainable": trainable, "optimizer": self.optimizer.state_dict(),
-            "random_state": random_state(self.classifier.device),
-            "progress": {**asdict(progress), "losses": [float(loss) for loss in progress.losses]},
+            raise UserError(
+                f"non-finite weights after step {state.step}; lower --learning_rate; "
+                "earlier checkpoints are not affected"
+            )
+        content = {
+            "fingerprint": self.fingerprint,
+            "device": self.classifier.device.type,
+            "precision": self.classifier.precision,
+            "trainable": trainable,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng_state": get_rng_state(self.classifier.device),
+            "train_state": {**asdict(state), "losses": [float(loss) for loss in state.losses]},
         }
         try:
-            with written_whole(self.path) as (temporary,):
-                write(state, temporary)
+            with atomic_write(self.path) as (temporary,):
+                write_checkpoint(content, temporary)
                 if self.path.exists():
                     os.replace(self.path, self.previous)
         except UserError as error:
-            note(f"No checkpoint after update {progress.step}: {error}; training goes on")
-
-    def remove(self):
-        """Delete the checkpoints: a finished run needs none."""
-        self.previous.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
+            print_status(f"No checkpoint after step {state.step}: {error}; training continues")
 
 
-def checkpoints(folder):
-    """The paths of a run's checkpoints, the newer first."""
+def remove_checkpoints(folder: str | Path) -> None:
+    """Delete the checkpoints of a finished run."""
+    for path in reversed(checkpoint_paths(folder)):
+        path.unlink(missing_ok=True)
+
+
+def checkpoint_paths(folder: str | Path) -> tuple[Path, Path]:
+    """Return the paths of a run's checkpoints, the newer one first."""
     return Path(folder) / CHECKPOINT, Path(folder) / PREVIOUS
 
 
-def is_unfinished(folder):
-    """Whether a folder holds a checkpoint to go on from."""
-    return any(path.is_file() for path in checkpoints(folder))
+def has_checkpoint(folder: str | Path) -> bool:
+    """Return whether a folder holds a checkpoint."""
+    return any(path.is_file() for path in checkpoint_paths(folder))
 
 
-def run_identity(facts):
-    """What makes a run the same run: its arguments and its data."""
-    return {**{key: value for key, value in facts["arguments"].items() if key not in FREE_TO_CHANGE}, **facts["data"]}
+def find_interrupted_run(folder: Path) -> Path:
+    """Return a run's folder if it holds a checkpoint, else one that holds the same run's in another precision."""
+
+    def without_precision(path):
+        return re.sub("-precision_[a-z0-9]+", "", path.name)
+
+    others = (path for path in sorted(folder.parent.glob("*")) if without_precision(path) == without_precision(folder))
+    return folder if has_checkpoint(folder) else next(filter(has_checkpoint, others), folder)
 
 
-def write(state, path):
-    """Write a checkpoint's file, digest first, and wait until the disk has it."""
+def run_fingerprint(metadata: dict) -> dict:
+    """Return the arguments and data digests that a run and its checkpoint must agree in."""
+    arguments = {key: value for key, value in metadata["arguments"].items() if key not in IGNORED_ON_RESUME}
+    return {**arguments, **metadata["data"]}
+
+
+def write_checkpoint(content: dict, path: Path) -> None:
+    """Write a checkpoint file and wait until it is on the disk."""
     with open(path, "wb+") as file:
         file.write(bytes(DIGEST_BYTES))
         try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's report of what stopped it: a full disk, or a second Ctrl-C
-            stopped = isinstance(error.__context__, (OSError, KeyboardInterrupt))
-            raise error.__context__ if stopped else error from None
+            torch.save(content, file)
+        except RuntimeError as error:  # torch wraps a full disk or a second Ctrl-C
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+                raise error.__context__ from None
+            raise
         file.seek(DIGEST_BYTES)
         digest = hashlib.file_digest(file, "sha256").digest()
         file.seek(0)
@@ -108,61 +135,65 @@ def write(state, path):
         os.fsync(file.fileno())
 
 
-def read(path):
-    """What `write` wrote, or None where the file is damaged or something else; executes no code from it."""
+def read_checkpoint(path: Path) -> dict | None:
+    """Return the content of a checkpoint file, or None if it is damaged; executes no code from it."""
     try:
         with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
             digest = file.read(DIGEST_BYTES)
             if hashlib.file_digest(file, "sha256").digest() != digest:
                 return None
             file.seek(DIGEST_BYTES)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError):
         return None
-    return state if isinstance(state, dict) and state.keys() == STATE else None
+    return content if isinstance(content, dict) and content.keys() == KEYS else None
 
 
-def find_checkpoint(folder, identity):
-    """What the newest whole checkpoint in a run's folder holds.
+def load_checkpoint(folder: str | Path, fingerprint: dict) -> dict:
+    """Return the content of the newest undamaged checkpoint in a run's folder.
 
-    Raises UserError where there is none, or it belongs to another run than one of this `identity`.
+    Raises UserError if there is none, or if it belongs to a run with another fingerprint.
     """
-    newest, previous = checkpoints(folder)
+    newest, previous = checkpoint_paths(folder)
     found = [path for path in (newest, previous) if path.is_file()]
     if not found:
         raise UserError(f"--resume: there is no checkpoint at {newest}; start without --resume")
     for path in found:
-        if state := read(path):
+        if content := read_checkpoint(path):
             break
     else:
         for path in found:
             refuse_lfs_pointer(path)
-        raise UserError(f"--resume: {' and '.join(map(str, found))} damaged, or no checkpoint of this program; "
-                        "delete what is there and start again without --resume")
-    if differing := [key for key, value in identity.items() if state["identity"].get(key) != value]:
+        raise UserError(
+            f"--resume: {' and '.join(map(str, found))}: damaged, or not a checkpoint of this version; "
+            "delete the file and start again without --resume"
+        )
+    if differing := [key for key, value in fingerprint.items() if content["fingerprint"].get(key) != value]:
         raise UserError(f"--resume: {path} belongs to a run with other {', '.join(differing)}")
     if path == previous:
-        note(f"{newest} is damaged or missing; going on from the one before it, "
-             f"of update {state['progress']['step']}")
-        os.replace(previous, newest)  # as the older of two it would be the next to go
-    return state
+        step = content["train_state"]["step"]
+        print_status(f"{newest} is damaged or missing; resuming from the previous checkpoint, of step {step}")
+        os.replace(previous, newest)  # so that the next checkpoint does not overwrite it
+    return content
 
 
-def restore(state, classifier, optimizer):
-    """Put a checkpoint's model, optimizer and random state back; return its Progress.
+def restore(content: dict, classifier: Classifier, optimizers: list[torch.optim.Optimizer]) -> TrainState:
+    """Load a checkpoint into the model, the optimizers and the random state; return its TrainState.
 
-    Raises UserError where the run began on another kind of device, or the model is another one.
+    Raises UserError if the run started on another type of device or with another model.
     """
-    if state["device"] != classifier.device.type:
-        raise UserError(f"--resume: the run began on {state['device']} and would go on with other numbers "
-                        f"on {classifier.device.type}")
+    if content["device"] != classifier.device.type:
+        raise UserError(
+            f"--resume: the run started on {content['device']}; its numbers would change on {classifier.device.type}"
+        )
     parameters = {name: p for name, p in classifier.model.named_parameters() if p.requires_grad}
-    if ({name: p.shape for name, p in parameters.items()}
-            != {name: tensor.shape for name, tensor in state["trainable"].items()}):
-        raise UserError("--resume: the model is not the one the checkpoint was made of; its parameters are others")
+    shapes = {name: tensor.shape for name, tensor in content["trainable"].items()}
+    if {name: p.shape for name, p in parameters.items()} != shapes:
+        raise UserError("--resume: the checkpoint belongs to another model; names or shapes of its parameters differ")
     with torch.no_grad():
-        for name, tensor in state["trainable"].items():
+        for name, tensor in content["trainable"].items():
             parameters[name].copy_(tensor)
-    optimizer.load_state_dict(state["optimizer"])
-    set_random_state(state["random_state"], classifier.device)
-    return Progress(**state["progress"])
+    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    set_rng_state(content["rng_state"], classifier.device)
+    return TrainState(**content["train_state"])

@@ -1,206 +1,196 @@
-"""Command lines: the flags both train scripts share, and how a script ends when something is wrong."""
+"""Command lines: the flags that scripts share, and `run_main`, which ends errors in one line."""
 
 import argparse
 import io
 import logging
+import math
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
-from finetuning.errors import UserError, is_out_of_memory
-from finetuning.files import DISK_TROUBLE
-from finetuning.interrupts import exit_status, raise_terminated
+from finetuning.system.console import print_status
+from finetuning.system.environment import under_torchrun
+from finetuning.system.errors import UserError, is_out_of_memory
+from finetuning.system.files import DISK_ERRNOS
+from finetuning.system.signals import exit_status, raise_terminated
 
-# The variables of the environment that torchrun sets and this project reads.
-TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
-# Flags that do not change what is learned, or that a run's name shows anyway.
-NOT_IN_NAMES = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir", "models_dir",
-                "device", "compile", "resume", "checkpoint_minutes", "eval_freq", "eval_iter", "accumulate",
-                "tensorboard", "save_model"}
-
-
-def variant(key, value):
-    """A flag's value as part of a folder's name."""
-    return key if value is True else f"{key}_{value}".replace("/", "-")
-
-
-def launcher():
-    """What was typed before the script's name."""
-    if under_torchrun():
-        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-    return ["python"]
-
-
-def under_torchrun():
-    """Whether torchrun has started this process, perhaps one of several; some of its variables may be left over."""
-    return os.environ.keys() >= TORCHRUN
+# Arguments that do not change what is trained, or that are in the run's name anyway.
+EXCLUDED_FROM_RUN_NAME = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir",
+                          "models_dir", "device", "compile", "resume", "checkpoint_minutes", "eval_freq", "eval_iter",
+                          "micro_batch_size", "tensorboard", "save_model"}  # fmt: skip
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Append each default to its help line, except None, whose meaning the line itself tells."""
+    """Formatter that appends each default to its help line, except None."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser that shows every default and reports a mistake in one line."""
+    """Argument parser that shows every default and reports a mistake in one line."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; also keep what was typed as `command`, and as `variants` what a run's name should tell."""
+        """Parse; add what was typed as `command`, and the arguments that a run's name shows as `overrides`."""
         namespace = super().parse_args(args, namespace)
-        namespace.command = shlex.join([*launcher(), self.prog, *(sys.argv[1:] if args is None else args)])
-        namespace.variants = [variant(key, value) for key, value in vars(namespace).items()
-                              if key not in NOT_IN_NAMES and value != self.get_default(key)]
+        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if under_torchrun() else ["python"]
+        namespace.command = shlex.join([*launcher, self.prog, *(sys.argv[1:] if args is None else args)])
+        namespace.overrides = [
+            key if value is True else f"{key}_{value}".replace("/", "-")
+            for key, value in vars(namespace).items()
+            if key not in EXCLUDED_FROM_RUN_NAME and value != self.get_default(key)
+        ]
         return namespace
 
     def error(self, message):
+        """Raise UserError."""
         raise UserError(f"{message} (see --help)")
 
 
-def user_path(text):
-    """Parse a path: a "~" stands for the home folder, which the shell sees to in "--flag ~/a" but not in "--flag=~/a".
-    """
+def user_path(text: str) -> str:
+    """Expand "~" to the home folder, which a shell does in `--flag ~/a` but not in `--flag=~/a`."""
     return os.path.expanduser(text)
 
 
-def positive_int(text):
-    """Parse a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return number
+def number(text: str, kind: type, condition: Callable[[float], bool], description: str):
+    """Parse a number; raise ArgumentTypeError if it is malformed or does not meet the condition."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not condition(value):
+        raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}")
+    return value
 
 
-def positive_float(text):
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    return number(text, int, lambda value: value >= 1, "a whole number of 1 or more")
+
+
+def positive_float(text: str) -> float:
     """Parse a finite number above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return number
+    return number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
-def seed_number(text):
-    """Parse a seed that PyTorch and NumPy both accept: 0 to 2**32 - 1."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, not {text}")
-    return number
+def seed_int(text: str) -> int:
+    """Parse a seed that PyTorch and NumPy both accept."""
+    return number(text, int, lambda value: 0 <= value < 2**32, f"a whole number between 0 and {2**32 - 1}")
 
 
-def context_length(text):
-    """Parse a number of tokens, or one of the names in CONTEXT_LENGTHS."""
-    return text if text in CONTEXT_LENGTHS else positive_int(text)
+def context_length(text: str) -> int | str:
+    """Parse a number of tokens, or one of CONTEXT_LENGTHS."""
+    description = f"a whole number of 1 or more, {' or '.join(CONTEXT_LENGTHS)}"
+    return text if text in CONTEXT_LENGTHS else number(text, int, lambda value: value >= 1, description)
 
 
-# argparse names a failing type function in its message; these read better than the functions' names.
-positive_int.__name__ = seed_number.__name__ = "whole number"
-positive_float.__name__ = "number"
-context_length.__name__ = f"context length (a whole number, {' or '.join(CONTEXT_LENGTHS)})"
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of all train scripts: where to read and write, and the seed."""
+    add = parser.add_argument_group("run").add_argument
+    add("--data_dir", type=user_path, default=".", help="folder of train.csv, validation.csv and test.csv")
+    add("--output_dir", type=user_path, help="folder of this run's record (default: results/ and the run's name)")
+    add("--seed", type=seed_int, default=123, help="random seed")
+    add(
+        "--save_model", action="store_true", help="save the trained model to model/ in the run's folder, for predict.py"
+    )
 
 
-def add_run_arguments(parser):
-    """Add the flags that all three train scripts share: where to read and write, and the seed."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--data_dir", type=user_path, default=".",
-                       help="folder of train.csv, validation.csv and test.csv")
-    group.add_argument("--output_dir", type=user_path,
-                       help="folder of this run's record (default: results/ and the run's name)")
-    group.add_argument("--seed", type=seed_number, default=123, help="random seed")
-    group.add_argument("--save_model", action="store_true",
-                       help="keep the trained model, in model/ in the run's folder, for predict.py")
-    return group
-
-
-def add_model_arguments(parser, *, trainable_layers):
-    """Start the group of flags about the model with those that both train scripts share; return it."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, trainable_layers: str):
+    """Add the group of flags about the model with those of both neural train scripts; return the group."""
     group = parser.add_argument_group("model")
-    group.add_argument("--trainable_layers", choices=["all", "last_block", "last_layer"], default=trainable_layers,
-                       help="which layers learn; the others keep their weights")
-    group.add_argument("--context_length", type=context_length, default=256, metavar="TOKENS",
-                       help=f"tokens kept of each review: a number, {' or '.join(CONTEXT_LENGTHS)}")
+    group.add_argument(
+        "--trainable_layers",
+        choices=["all", "last_block", "last_layer"],
+        default=trainable_layers,
+        help="which layers to train; the others are frozen",
+    )
+    group.add_argument(
+        "--context_length",
+        type=context_length,
+        default=256,
+        metavar="TOKENS",
+        help=f"truncate reviews to this many tokens: a number, {' or '.join(CONTEXT_LENGTHS)}",
+    )
     return group
 
 
-def add_training_arguments(parser, *, learning_rate):
-    """Add the flags about training, its log and the machine that both train scripts share."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--num_epochs", type=positive_int, default=1, metavar="N", help="passes over the training set")
-    group.add_argument("--max_steps", type=positive_int, metavar="N",
-                       help="stop after exactly this many updates (default: no limit)")
-    group.add_argument("--batch_size", type=positive_int, default=8, metavar="N", help="reviews per update")
-    group.add_argument("--learning_rate", type=positive_float, default=learning_rate, metavar="X", help="constant")
-    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
-                       help="muon: Muon for matrices other than embeddings, AdamW for the rest")
-    group.add_argument("--muon_learning_rate", type=positive_float, default=1e-4, metavar="X",
-                       help="constant, of Muon; AdamW keeps --learning_rate")
-    group.add_argument("--group_by_length", action="store_true",
-                       help="batches of similar length: less padding, other batches than published")
-    log = parser.add_argument_group("log")
-    log.add_argument("--eval_freq", type=positive_int, default=50, metavar="N", help="updates between two log lines")
-    log.add_argument("--eval_iter", type=positive_int, default=20, metavar="N",
-                     help="batches of each set that a log line looks at")
-    log.add_argument("--tensorboard", action="store_true", help="write the curve for TensorBoard, too")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
-                       help="work through each batch in this many parts: less memory, the same update")
-    group.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
-    group.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
-                       help="of the arithmetic; auto: bf16 where the hardware has it natively, else fp32; "
-                            "tf32: on CUDA only")
-    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    group.add_argument("--checkpoint_minutes", type=positive_float, default=10, metavar="X",
-                       help="minutes of training between two checkpoints; each epoch ends with one, too")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
+def add_training_arguments(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
+    """Add the flags of both neural train scripts about training, logging and hardware."""
+    count: dict[str, Any] = {"type": positive_int, "metavar": "N"}
+    real: dict[str, Any] = {"type": positive_float, "metavar": "X"}
+    add = parser.add_argument_group("training").add_argument
+    add("--num_epochs", **count, default=1, help="passes over the training set")
+    add("--max_steps", **count, help="stop after exactly this many steps (default: no limit)")
+    add("--batch_size", **count, default=8, help="reviews per step, over all processes")
+    add("--learning_rate", **real, default=learning_rate, help="learning rate; there is no schedule")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+        help="muon: Muon for matrices other than embeddings, AdamW for the rest")  # fmt: skip
+    add("--muon_learning_rate", **real, default=1e-4, help="learning rate of Muon; AdamW keeps --learning_rate")
+    add("--group_by_length", action="store_true",
+        help="batches of reviews of similar length: less padding, but not the published batches")  # fmt: skip
+    add = parser.add_argument_group("logging").add_argument
+    add("--eval_freq", **count, default=50, help="log the losses every N steps")
+    add("--eval_iter", **count, default=20, help="batches used to estimate the logged losses")
+    add("--tensorboard", action="store_true", help="also write losses and accuracies for TensorBoard")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--micro_batch_size", **count, help="reviews per forward and backward pass of a process; saves memory, "
+        "same results (default: all reviews of a step)")  # fmt: skip
+    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
+    add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
+        help="compute precision (weights stay float32); auto: bf16 if it is faster here, else fp32; "
+        "tf32: CUDA only")  # fmt: skip
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--checkpoint_minutes", **real, default=10,
+        help="minutes between checkpoints; each epoch also ends with one")  # fmt: skip
+    add("--resume", action="store_true", help="resume from the checkpoint in the run's folder")
 
 
-def note(message):
-    """Tell the reader something that is not part of the published log: on standard error."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def voice():
-    """The context of a script's work: one in which only one of several processes reports a failure."""
-    if not under_torchrun():
-        return nullcontext()
-    from finetuning.distributed import one_voice  # imports torch, which not every script does
-    return one_voice()
-
-
-def run(main):
-    """Run a script's `main()`; a user's error, a full disk or Ctrl-C ends in one line instead of a traceback."""
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's `main`; print user errors, external errors and interrupts as one line and exit."""
     signal.signal(signal.SIGTERM, raise_terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for characters that a console's encoding lacks
-    # The Hub's client reports every retry; how it ended is one line.
+            stream.reconfigure(errors="backslashreplace")  # for characters that the console cannot encode
+    # The Hub's client logs every retry; the final error is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        with voice():
+        with single_report():
             main()
     except UserError as error:
-        note(f"{sys.argv[0]}: {' '.join(str(error).split())}")
-        sys.exit(2)
+        fail(" ".join(str(error).split()))
     except BrokenPipeError:
-        # Whoever read the output, `head` for one, has seen enough; Python would complain again on flushing.
+        # The reader of the output, such as `head`, has closed it; flushing at exit would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
-            raise
-        note(f"{sys.argv[0]}: {error.strerror}: {error.filename or 'while writing'}")
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        note(f"{sys.argv[0]}: out of memory")
-        sys.exit(2)
+        sys.exit(128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+            fail(f"{error.strerror}: {error.filename or 'while writing'}")
+        if is_out_of_memory(error):
+            fail("out of memory")
+        raise
     except KeyboardInterrupt as error:
-        note(str(error) or "Interrupted.")
+        print_status(str(error) or "Interrupted.")
         sys.exit(exit_status(error))
+
+
+def fail(message: str) -> None:
+    """Print an error and exit with status 2."""
+    print_status(f"{sys.argv[0]}: {message}")
+    sys.exit(2)
+
+
+def single_report():
+    """Return a context in which only one of torchrun's processes reports a failure."""
+    if not under_torchrun():
+        return nullcontext()
+    from finetuning.performance.distributed import report_first_failure  # imports torch, which not every script does
+
+    return report_first_failure()

@@ -1,235 +1,254 @@
-"""One whole run: from a model and three tokenized sets to the printed accuracies and the record."""
+"""One run: what is checked before a model is loaded, then training, evaluation and the record."""
 
-import re
+import argparse
 import time
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from finetuning import distributed, records
-from finetuning.checkpoint import CheckpointWriter, find_checkpoint, is_unfinished, restore, run_identity
-from finetuning.cli import note
-from finetuning.console import accuracy_lines, end_of_training, training_bar
-from finetuning.errors import UserError, is_out_of_memory
-from finetuning.features import compute_once
-from finetuning.files import held
-from finetuning.interrupts import put_off
-from finetuning.layers import count_parameters
-from finetuning.loop import Classifier, Progress, accuracy, count_steps, predict, train_classifier_simple
-from finetuning.optimizers import build_optimizer
-from finetuning.plots import draw_run
-from finetuning.reviews import check_dataset, copies_in_training_set, count_line
-from finetuning.runtime import (
-    check_compiler,
-    compile_model,
-    hardware,
-    keep_freed_memory,
-    peak_memory,
-    select_device,
-    select_precision,
-    synchronize,
+from finetuning.callbacks import TensorBoard, training_bar
+from finetuning.checkpoint import (
+    Checkpointer,
+    find_interrupted_run,
+    has_checkpoint,
+    load_checkpoint,
+    remove_checkpoints,
+    restore,
+    run_fingerprint,
 )
-from finetuning.saved import save_model
-from finetuning.tensorboard import TensorBoard
+from finetuning.data.batching import Batch, IMDbDataset
+from finetuning.data.reviews import check_dataset, count_line, duplicated_in_training_set
+from finetuning.hints import out_of_memory_hint, resume_hint
+from finetuning.optimizers import build_optimizers
+from finetuning.performance import device as devices
+from finetuning.performance import distributed
+from finetuning.performance.frozen_cache import cache_frozen_outputs
+from finetuning.performance.inference import Classifier, predict_logits
+from finetuning.reporting import records
+from finetuning.reporting.plots import plot_run
+from finetuning.reporting.published_log import accuracy_lines, end_of_training
+from finetuning.reporting.saved_models import save_model
+from finetuning.system.console import print_status
+from finetuning.system.errors import UserError
+from finetuning.system.files import exclusive_dir
+from finetuning.system.signals import defer_interrupts
+from finetuning.trainable_layers import count_parameters
+from finetuning.training import TrainConfig, TrainState, accuracy, train_classifier
 
 
-class Setting(NamedTuple):
-    """What is known of a run before its model is there."""
+@dataclass
+class Task:
+    """What a run needs to know of a model family."""
 
+    model: nn.Module
+    head: nn.Module  # the output layer
+    pooling: Callable[[nn.Module, Batch], torch.Tensor]  # (model, batch) -> class logits (batch, classes)
+    save: Callable[[Path], dict]  # write the model's files to a folder; return the settings to load them with
+    skip_padding: bool = False  # see `Classifier`
+
+
+@dataclass
+class RunContext:
+    """What is known of a run before its model is loaded."""
+
+    args: argparse.Namespace
+    name: str
     folder: Path
-    facts: dict  # as `records.facts` returns them
-    copies: np.ndarray  # (test reviews,) bool: which stand in the training set
-    checkpoint: dict | None  # to go on from
+    metadata: dict  # as `records.run_metadata` returns it
+    duplicated: np.ndarray  # (test reviews,) bool: also in the training set
+    checkpoint: dict | None  # to resume from
     device: torch.device
     precision: str
-    reason: str  # of that precision
-    boards: list[TensorBoard]  # at most one
+    precision_reason: str
+    tensorboard: TensorBoard | None
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the training loop."""
+        return TrainConfig(**{each.name: getattr(self.args, each.name) for each in fields(TrainConfig)})
 
 
-@distributed.processes()
-def run_experiment(args, name, build):
-    """Fine-tune a model as `args` say, print the published log, and leave the run's record.
+@contextmanager
+def start_run(args: argparse.Namespace, name: str) -> Iterator[RunContext]:
+    """Yield the context of a new or resumed run, its folder locked and torchrun's processes connected.
 
-    `build(args)` returns the model, its output layer, `read_logits(model, batch)`, which returns
-    the class logits (batch, 2), `save(folder)`, which writes the model's files and returns what else
-    a reader of them must know, and the training, validation and test set as IMDbDatasets. What can
-    be refused without it is refused first.
+    Raises UserError for every mistake that shows without a model. Up to `finetune` the main process
+    goes first, so that the others find what it has downloaded and cached.
     """
     folder = records.run_folder(args, name)
     if args.resume and not args.output_dir:
-        folder = interrupted_run(folder)
-        name = folder.name
-    lock = held(folder, "--output_dir") if distributed.is_first() else nullcontext()
-    with lock, way_to_go_on(folder, args.command), memory_advice(args):
-        with distributed.first_process_first(), memory_advice():
-            setting, built = prepare(args, folder), build(args)
-        # Other machines need not have the disk that holds it.
-        setting = setting._replace(checkpoint=distributed.of_first(setting.checkpoint))
-        fine_tune(args, name, setting, *built)
+        folder = find_interrupted_run(folder)
+    with distributed.process_group(), ExitStack() as stack:
+        if distributed.is_main_process():
+            stack.enter_context(exclusive_dir(folder, "--output_dir"))
+        stack.enter_context(resume_hint(folder, args.command))
+        stack.enter_context(out_of_memory_hint(args))
+        distributed.wait_for_main_process()
+        yield prepare(args, folder.name if args.resume and not args.output_dir else name, folder)
 
 
-def interrupted_run(folder):
-    """The folder of a run to resume: this one, or else the one that holds a checkpoint of it in another precision."""
-    def without_precision(path):
-        return re.sub("-precision_[a-z0-9]+", "", path.name)
-    others = (path for path in sorted(folder.parent.glob("*")) if without_precision(path) == without_precision(folder))
-    return folder if is_unfinished(folder) else next(filter(is_unfinished, others), folder)
-
-
-def prepare(args, folder):
-    """The run's Setting; raises UserError for all that can be seen to be wrong without a model."""
-    if args.optimizer != "muon" and "--muon_learning_rate" in args.command:  # also where it gives the default
+def prepare(args: argparse.Namespace, name: str, folder: Path) -> RunContext:
+    """Check everything that needs no model and return the run's context."""
+    if args.optimizer != "muon" and "--muon_learning_rate" in args.command:  # even with the default value
         raise UserError(f"--muon_learning_rate needs --optimizer muon; this run uses {args.optimizer}")
-    check_batches(args, check_dataset(args.data_dir))
-    facts = records.facts(args)
-    records.check_replaceable(folder, facts)
-    checkpoint = find_checkpoint(folder, run_identity(facts)) if args.resume and distributed.is_first() else None
-    if not args.resume and is_unfinished(folder):
-        raise UserError(f"{folder} holds the checkpoint of an unfinished run: add --resume to go on with it, "
-                        "or delete it to start again")
-    device = select_device(args.device)
+    check_batch_size(args.batch_size, check_dataset(args.data_dir))
+    metadata = records.run_metadata(args)
+    records.check_replaceable(folder, metadata)
+    checkpoint = None
+    if args.resume and distributed.is_main_process():
+        checkpoint = load_checkpoint(folder, run_fingerprint(metadata))
+    elif has_checkpoint(folder) and not args.resume:
+        raise UserError(
+            f"{folder} holds the checkpoint of an interrupted run: add --resume, or delete it to start again"
+        )
+    device = devices.select_device(args.device)
     if args.compile:
-        check_compiler(device)
-    precision, reason = choose_precision(args.precision, device, checkpoint)
-    boards = [TensorBoard(folder)] if args.tensorboard else []
-    return Setting(folder, facts, copies_in_training_set(args.data_dir), checkpoint, device, precision, reason, boards)
+        devices.check_compiler(device)
+    precision, reason = select_precision(args.precision, device, checkpoint)
+    return RunContext(
+        args=args,
+        name=name,
+        folder=folder,
+        metadata=metadata,
+        duplicated=duplicated_in_training_set(args.data_dir),
+        checkpoint=checkpoint,
+        device=device,
+        precision=precision,
+        precision_reason=reason,
+        tensorboard=TensorBoard(folder) if args.tensorboard else None,
+    )
 
 
-def choose_precision(name, device, checkpoint):
-    """As `select_precision`, for a run that may go on from a checkpoint, whose precision "auto" keeps."""
+def check_batch_size(batch_size: int, num_reviews: int) -> None:
+    """Raise UserError if the training set does not fill a batch, or a batch has no review for some process."""
+    if num_reviews < batch_size:
+        raise UserError(f"--batch_size {batch_size} is more than the {num_reviews} reviews of the training set")
+    if batch_size < distributed.world_size():
+        raise UserError(f"--batch_size {batch_size} is less than the {distributed.world_size()} processes")
+
+
+def select_precision(name: str, device: torch.device, checkpoint: dict | None) -> tuple[str, str]:
+    """Return (precision, reason) of a new or resumed run; "auto" keeps the checkpoint's precision."""
     if checkpoint is None:
-        return select_precision(name, device)
-    began = checkpoint["precision"]
-    # What "auto" finds out by trying could differ from one time to the next.
-    precision, reason = select_precision(began if name == "auto" else name, device)
-    if precision == began:
-        return precision, reason.replace("as asked", "as the run began")
-    return precision, (f"{reason}; {began} up to step {checkpoint['progress']['step']}, so that the numbers will "
-                       "differ from those of an uninterrupted run")
+        return devices.select_precision(name, device)
+    # A new measurement could choose another precision than the run started with.
+    previous = checkpoint["precision"]
+    precision, reason = devices.select_precision(previous if name == "auto" else name, device)
+    if precision == previous:
+        return precision, reason.replace("as requested", "that of the checkpoint")
+    step = checkpoint["train_state"]["step"]
+    return precision, f"{reason}; {previous} up to step {step}: the numbers differ from those of an uninterrupted run"
 
 
-def fine_tune(args, name, setting, model, head, read_logits, save, train, validation, test):
-    """What `run_experiment` says, once all that it needs is there."""
-    folder, facts, copies, checkpoint, *_ = setting
-    note(count_line(len(train), len(validation), len(test)))
-    with memory_advice():
-        classifier, described = place(setting, model, read_logits, args)
-    started = time.perf_counter()
-    classifier, (train, validation, test) = compute_once(args, classifier, head, train, validation, test)
-    torch.manual_seed(args.seed)
-    optimizer = build_optimizer(args.optimizer, classifier.model, args.learning_rate, args.muon_learning_rate)
-    progress = restore(checkpoint, classifier, optimizer) if checkpoint else Progress()
-    distributed.seed_apart(args.seed, progress.step)
-    progress.seconds += time.perf_counter() - started
-    writer = CheckpointWriter(folder, classifier, optimizer, run_identity(facts), args.checkpoint_minutes)
-    total_steps = count_steps(len(train), args.batch_size, args.num_epochs, args.max_steps)
-    with put_off() as interrupts, training_bar(progress, total_steps, args.batch_size) as bar:
-        def save_or_stop(progress):
-            writer(progress, now=bool(interrupts))
-            if interrupts:
-                raise interrupts[0]
-        # Of several processes the first saves and stops; the others end when they miss it.
-        tasks = ([bar, *setting.boards, save_or_stop] if distributed.is_first() else
-                 [lambda progress: distributed.seed_apart(args.seed, progress.step)])
-        progress = train_classifier_simple(
-            classifier, optimizer, train, validation, num_epochs=args.num_epochs, batch_size=args.batch_size,
-            max_steps=args.max_steps, eval_freq=args.eval_freq, eval_iter=args.eval_iter,
-            group_by_length=args.group_by_length, accumulate=args.accumulate, progress=progress,
-            after_step=lambda progress: [task(progress) for task in tasks])
-    print(end_of_training(progress.seconds), flush=True)
-
-    started = time.perf_counter()
+def finetune(run: RunContext, task: Task, train: IMDbDataset, validation: IMDbDataset, test: IMDbDataset) -> None:
+    """Train, evaluate, print the published log and write the record."""
+    distributed.release_other_processes()
+    # Machines of other nodes need not see the disk with the checkpoint.
+    run.checkpoint = distributed.broadcast(run.checkpoint)
+    print_status(count_line(len(train), len(validation), len(test)))
+    with out_of_memory_hint():
+        classifier, model_info = setup_model(run, task)
     splits = {"train": train, "validation": validation, "test": test}
-    logits = {split: predict(reviews, classifier) for split, reviews in splits.items()}
-    synchronize(classifier.device)
-    seconds = time.perf_counter() - started
-    if not distributed.is_first():
+    trained, splits, state = train_model(run, task, classifier, splits)
+    print(end_of_training(state.seconds), flush=True)
+
+    started = time.perf_counter()
+    # The whole model classifies the test set, as predict.py does.
+    classifiers = {"train": trained, "validation": trained, "test": classifier}
+    logits = {split: predict_logits(reviews, classifiers[split]) for split, reviews in splits.items()}
+    devices.synchronize(classifier.device)
+    seconds = {"training": state.seconds, "evaluation": time.perf_counter() - started}
+    if not distributed.is_main_process():
         return
     accuracies = {split: accuracy(logits[split], reviews.labels) for split, reviews in splits.items()}
     print(accuracy_lines(accuracies))
 
     counts = {split: len(reviews) for split, reviews in splits.items()}
-    records.write_record(folder, {
-        **facts, **described, "name": name,
-        "losses": [round(float(loss), 6) for loss in progress.losses], "curve": rounded(progress.curve),
-        "epochs": rounded(progress.epochs), "accuracy": accuracies, "reviews": counts,
-        "seconds": {"training": progress.seconds, "evaluation": seconds},
-        "reviews_per_second": {"training": progress.step * args.batch_size / progress.seconds,
-                               "evaluation": sum(counts.values()) / seconds},
-        "peak_memory": peak_memory(classifier.device),
-    }, copies, test.labels, logits["test"].double().softmax(dim=-1)[:, 1].numpy())
-    if args.save_model:
-        save_model(folder, save, precision=described["precision"]["used"])
-    draw_run(folder)
-    writer.remove()
-    note(f"Record: {folder / records.RECORD}")
+    num_trained = state.step * run.config.batch_size
+    record = {
+        **run.metadata,
+        **model_info,
+        "name": run.name,
+        "losses": [round(float(loss), 6) for loss in state.losses],
+        "eval_history": rounded(state.eval_history),
+        "epoch_metrics": rounded(state.epoch_metrics),
+        "accuracy": accuracies,
+        "reviews": counts,
+        "seconds": seconds,
+        "reviews_per_second": records.reviews_per_second(num_trained, sum(counts.values()), seconds),
+        "peak_memory": devices.peak_memory(classifier.device),
+    }
+    probabilities = logits["test"].double().softmax(dim=-1)[:, 1].numpy()
+    records.write_record(run.folder, record, run.duplicated, test.labels, probabilities)
+    if run.args.save_model:
+        settings = {"precision": run.precision, "hardware": record["hardware"], "skip_padding": task.skip_padding}
+        save_model(run.folder, task.save, **settings)
+    plot_run(run.folder)
+    remove_checkpoints(run.folder)
+    print_status(f"Record: {run.folder / records.RECORD}")
 
 
-def place(setting, model, read_logits, args):
-    """Put the model where and how it shall compute, and tell; returns the Classifier and that part of the record."""
-    total, trainable = count_parameters(model)
-    device = setting.device
-    precision, reason = distributed.of_first((setting.precision, setting.reason))
-    note(f"Device: {device} ({hardware(device)})\nPrecision: {precision} ({reason})\n"
-         f"Parameters: {total:,}, of which {trainable:,} are trained")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if device.type == "cpu":
-        keep_freed_memory()
-    if args.compile:
-        compile_model(model, device, args.accumulate)
-    return Classifier(model.to(device), read_logits, device, precision), {
-        "hardware": hardware(device), "precision": {"used": precision, "why": reason},
-        "parameters": {"all": total, "trainable": trainable}}
+def setup_model(run: RunContext, task: Task) -> tuple[Classifier, dict]:
+    """Move the model to its device; return the classifier and what the record says of device and model."""
+    run.precision, run.precision_reason = distributed.broadcast((run.precision, run.precision_reason))
+    total, trainable = count_parameters(task.model)
+    name = devices.device_name(run.device)
+    print_status(
+        f"Device: {run.device} ({name})\nPrecision: {run.precision} ({run.precision_reason})\n"
+        f"Parameters: {total:,}, {trainable:,} trainable"
+    )
+    devices.set_matmul_precision(run.precision)
+    if run.device.type == "cpu":
+        devices.tune_malloc()
+    if run.args.compile:
+        devices.compile_model(task.model, run.device, accumulates_gradients=run.args.micro_batch_size is not None)
+    classifier = Classifier(
+        task.model.to(run.device), task.pooling, run.device, run.precision, skip_padding=task.skip_padding
+    )
+    return classifier, {
+        "hardware": name,
+        "precision": {"dtype": run.precision, "reason": run.precision_reason},
+        "parameters": {"total": total, "trainable": trainable},
+    }
 
 
-def check_batches(args, num_reviews):
-    """Raise UserError where the training set does not fill a batch, or a batch cannot be cut as asked."""
-    if num_reviews < args.batch_size:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {num_reviews} reviews of the training set")
-    if args.batch_size < distributed.size() * args.accumulate:
-        processes = f"{distributed.size()} processes with " if distributed.size() > 1 else ""
-        raise UserError(f"--batch_size {args.batch_size} is too small for {processes}--accumulate {args.accumulate}: "
-                        "each part needs a review")
+def train_model(
+    run: RunContext, task: Task, classifier: Classifier, splits: dict[str, IMDbDataset]
+) -> tuple[Classifier, dict[str, IMDbDataset], TrainState]:
+    """Train; return the trained classifier and the splits, which may use cached frozen outputs, and the final state."""
+    args, config = run.args, run.config
+    started = time.perf_counter()
+    classifier, (train, validation) = cache_frozen_outputs(
+        args, classifier, task.head, splits["train"], splits["validation"]
+    )
+    torch.manual_seed(args.seed)
+    optimizers = build_optimizers(args.optimizer, classifier.model, args.learning_rate, args.muon_learning_rate)
+    state = restore(run.checkpoint, classifier, optimizers) if run.checkpoint else TrainState()
+    distributed.seed_per_rank(args.seed, state.step)
+    state.seconds += time.perf_counter() - started
+    fingerprint = run_fingerprint(run.metadata)
+    checkpointer = Checkpointer(run.folder, classifier, optimizers, fingerprint, args.checkpoint_minutes)
+    num_steps = config.num_steps(len(train))
+    with defer_interrupts() as pending, training_bar(state, num_steps, config.batch_size) as bar:
+
+        def save_or_stop(state):
+            checkpointer(state, now=bool(pending))
+            if pending:
+                raise pending[0]
+
+        # The main process saves and stops; the other ranks end when they miss it.
+        main_callbacks = [bar, *([run.tensorboard] if run.tensorboard else []), save_or_stop]
+        other_callbacks = [lambda state: distributed.seed_per_rank(args.seed, state.step)]
+        callbacks = main_callbacks if distributed.is_main_process() else other_callbacks
+        state = train_classifier(classifier, optimizers, train, validation, config, state, callbacks)
+    return classifier, splits | {"train": train, "validation": validation}, state
 
 
-def rounded(rows):
-    """The rows of a curve with as many digits as mean anything."""
-    return [{key: round(value, 6) for key, value in row.items()} for row in rows]
-
-
-@contextmanager
-def way_to_go_on(folder, command):
-    """Let an interrupt say what to type to go on, where there is something to go on from."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if is_unfinished(folder):
-            error.args = (f"Interrupted; to go on: {command.removesuffix(' --resume')} --resume",)
-        raise
-
-
-@contextmanager
-def memory_advice(args=None):
-    """Turn running out of memory into advice: about training as `args` say, or about a model that does not fit."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        where = "before training" if args is None else "in training"
-        raise UserError(f"out of memory {where}; try {' or '.join(memory_remedies(args))}") from error
-
-
-def memory_remedies(args=None):
-    """What takes less memory: where only the model is there, or in training as `args` say."""
-    if args is None:
-        return ["a smaller model", "a device with more memory"]
-    parts = min(2 * args.accumulate, args.batch_size // distributed.size())
-    remedies = [f"--accumulate {parts}"] if parts > args.accumulate else []
-    if args.resume:  # nothing else may change
-        return remedies or ["a device with more memory"]
-    layers = ["--trainable_layers last_block"] if args.trainable_layers == "all" else []
-    return [*remedies, "a shorter --context_length", *layers, *([] if remedies else ["a smaller model"])]
+def rounded(history: list[dict]) -> list[dict]:
+    """Round the values of a history to six digits."""
+    return [{key: round(value, 6) for key, value in row.items()} for row in history]

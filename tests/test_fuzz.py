@@ -1,6 +1,6 @@
-"""The readers of files from elsewhere meet files that no one would write.
+"""Property-based tests: damaged and random CSV files and archives are read or rejected, without other exceptions.
 
-EXAMPLES says how many of each kind are tried; they are the same each time.
+The environment variable EXAMPLES sets the number of examples, which are the same in each run.
 """
 
 import bz2
@@ -14,33 +14,57 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import download_prepare_dataset as dataset
-from finetuning.errors import UserError
-from finetuning.reviews import read_reviews
+from finetuning.data import archive as archives
+from finetuning.data.reviews import read_reviews
+from finetuning.system.errors import UserError
 
-many = settings(max_examples=int(os.environ.get("EXAMPLES", "1000")), deadline=None, database=None, derandomize=True,
-                suppress_health_check=list(HealthCheck))
-CSVS = ['text,label\ngood film,1\nbad film,0\n', 'label,text,more\n1,"two\nlines, ""quoted""",x\n0,b,y\n',
-        '\ufefftext,label\r\n\N{GRINNING FACE} \u05d8\u05d5\u05d1,1\r\n', 'text,label\n"' + "long " * 300 + '",0\n']
-TELLING = [b'"', b",", b"\n", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b"text", b"label", b"NaN", b"2", b"'", b"\\"]
+fuzz = settings(
+    max_examples=int(os.environ.get("EXAMPLES", "1000")),
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+CSV_TEXTS = [
+    "text,label\ngood film,1\nbad film,0\n",
+    'label,text,more\n1,"two\nlines, ""quoted""",x\n0,b,y\n',
+    "\ufefftext,label\r\n\N{GRINNING FACE} \u05d8\u05d5\u05d1,1\r\n",
+    'text,label\n"' + "long " * 300 + '",0\n',
+]
+CSV_FRAGMENTS = [
+    b'"',
+    b",",
+    b"\n",
+    b"\r",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"text",
+    b"label",
+    b"NaN",
+    b"2",
+    b"'",
+    b"\\",
+]
 
 
-def damaged(contents, telling):
-    """Good files with up to six pieces cut out, put in or both."""
-    piece = st.one_of(st.sampled_from(telling), st.binary(max_size=20))
+def damaged(contents, fragments):
+    """Return a strategy for valid files with up to six pieces deleted, inserted or replaced."""
+    piece = st.one_of(st.sampled_from(fragments), st.binary(max_size=20))
     edits = st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 40), piece), max_size=6)
 
     def apply(content, edits):
-        for position, length, put in edits:
+        for position, length, inserted in edits:
             position %= len(content) + 1
-            content = content[:position] + put + content[position + length:]
+            content = content[:position] + inserted + content[position + length :]
         return content
+
     return st.builds(apply, st.sampled_from(contents), edits)
 
 
-@many
-@given(content=st.one_of(damaged([text.encode() for text in CSVS], TELLING), st.binary(max_size=300)))
-def test_a_csv_file_is_read_or_refused(tmp_path_factory, content):
+@fuzz
+@given(content=st.one_of(damaged([text.encode() for text in CSV_TEXTS], CSV_FRAGMENTS), st.binary(max_size=300)))
+def test_read_reviews_returns_valid_reviews_or_raises_user_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.csv"
     path.write_bytes(content)
     try:
@@ -53,63 +77,89 @@ def test_a_csv_file_is_read_or_refused(tmp_path_factory, content):
 
 
 NAMES = st.one_of(
-    st.builds("{}aclImdb/{}/{}_{}.txt".format, st.sampled_from(["", "./", "/", "../", "x/"]),
-              st.sampled_from([*dataset.FOLDERS, "train/unsup", "test/pos/..", "test//pos"]),
-              st.integers(0, 20), st.integers(0, 10)),
-    st.text(max_size=150))
-MEMBERS = st.lists(st.tuples(
-    NAMES, st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE,
-                            tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE, b"Z"]),
-    st.binary(max_size=600), st.sampled_from([0, 1, 512, 10**6 + 1, 2**30, -1])), max_size=8)
-WRITERS = [lambda content: content, lambda content: gzip.compress(content, 1), bz2.compress, lzma.compress]
+    st.builds(
+        "{}aclImdb/{}/{}_{}.txt".format,
+        st.sampled_from(["", "./", "/", "../", "x/"]),
+        st.sampled_from([*archives.FOLDERS, "train/unsup", "test/pos/..", "test//pos"]),
+        st.integers(0, 20),
+        st.integers(0, 10),
+    ),
+    st.text(max_size=150),
+)
+MEMBERS = st.lists(
+    st.tuples(
+        NAMES,
+        st.sampled_from(
+            [
+                tarfile.REGTYPE,
+                tarfile.AREGTYPE,
+                tarfile.CONTTYPE,
+                tarfile.SYMTYPE,
+                tarfile.LNKTYPE,
+                tarfile.DIRTYPE,
+                tarfile.FIFOTYPE,
+                tarfile.CHRTYPE,
+                tarfile.GNUTYPE_SPARSE,
+                b"Z",
+            ]
+        ),
+        st.binary(max_size=600),
+        st.sampled_from([0, 1, 512, 10**6 + 1, 2**30, -1]),
+    ),
+    max_size=8,
+)
+COMPRESSORS = [lambda content: content, lambda content: gzip.compress(content, 1), bz2.compress, lzma.compress]
 
 
-def archive(members, kind, writer):
-    """A tar archive of members (name, type, content, how much longer than that it claims to be)."""
+def build_archive(members, tar_format, compress):
+    """Return a tar archive of members (name, type, content, excess of the declared over the real size)."""
     file = io.BytesIO()
-    for name, member_type, content, more in members:
+    for name, member_type, content, excess in members:
         member = tarfile.TarInfo(name)
-        member.type, member.size, member.linkname = member_type, max(0, len(content) + more), "/etc/passwd"
+        member.type, member.size, member.linkname = member_type, max(0, len(content) + excess), "/etc/passwd"
         try:
-            file.write(member.tobuf(kind, "utf-8", "surrogateescape"))
-        except (ValueError, UnicodeError):  # a name this kind of archive cannot hold
+            file.write(member.tobuf(tar_format, "utf-8", "surrogateescape"))
+        except (ValueError, UnicodeError):  # a name that this format does not support
             continue
         file.write(content.ljust(-len(content) // 512 * -512, b"\0"))
-    return writer(file.getvalue() + bytes(1024))
+    return compress(file.getvalue() + bytes(1024))
 
 
-ARCHIVES = st.builds(archive, MEMBERS, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
-                     st.sampled_from(WRITERS))
+ARCHIVES = st.builds(
+    build_archive,
+    MEMBERS,
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.sampled_from(COMPRESSORS),
+)
 
 
-@many
+@fuzz
 @given(data=st.data())
-def test_an_archive_is_read_or_refused(tmp_path_factory, data):
+def test_read_archive_returns_reviews_or_raises_user_error(tmp_path_factory, data):
     content = data.draw(ARCHIVES)
     if data.draw(st.booleans()):
         content = data.draw(damaged([content], [b"\0", b"\xff" * 8, b"aclImdb/", b"77777777777", b"-1", b"path="]))
     path = tmp_path_factory.getbasetemp() / "fuzz.tar"
     path.write_bytes(content)
     try:
-        reviews = dataset.read_archive(path)
+        reviews = archives.read_archive(path)
     except UserError:
         return
-    assert reviews.keys() == set(dataset.FOLDERS)
+    assert reviews.keys() == set(archives.FOLDERS)
     for folder, files in reviews.items():
         for name, text in files.items():
-            assert dataset.REVIEW_NAME.fullmatch(f"aclImdb/{folder}/{name}")
+            assert archives.REVIEW_NAME.fullmatch(f"aclImdb/{folder}/{name}")
             assert isinstance(text, bytes)
-            assert len(text) <= dataset.MAX_REVIEW_BYTES
+            assert len(text) <= archives.MAX_REVIEW_BYTES
 
 
-def test_the_fuzzer_makes_readable_files_too(tmp_path):
-    """Else it would prove little."""
+def test_undamaged_fuzzer_files_are_readable(tmp_path):
     members = [("aclImdb/test/pos/1_7.txt", tarfile.REGTYPE, b"good", 0)]
-    for writer in WRITERS:
-        (tmp_path / "a").write_bytes(archive(members, tarfile.GNU_FORMAT, writer))
-        assert dataset.read_archive(tmp_path / "a")["test/pos"] == {"1_7.txt": b"good"}
-    for text in CSVS:
+    for compress in COMPRESSORS:
+        (tmp_path / "a").write_bytes(build_archive(members, tarfile.GNU_FORMAT, compress))
+        assert archives.read_archive(tmp_path / "a")["test/pos"] == {"1_7.txt": b"good"}
+    for text in CSV_TEXTS:
         (tmp_path / "a").write_text(text, encoding="utf-8")
         assert len(read_reviews(tmp_path / "a"))
     with pytest.raises(UserError):
-        dataset.read_archive(tmp_path / "a")
+        archives.read_archive(tmp_path / "a")

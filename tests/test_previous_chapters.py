@@ -8,22 +8,29 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt_download import read_params
 from previous_chapters import GPTModel, generate_text_simple, load_weights_into_gpt
 
-CONFIG = {"vocab_size": 50, "context_length": 16, "emb_dim": 8, "n_heads": 2, "n_layers": 3, "drop_rate": 0.0,
-          "qkv_bias": True}
+CONFIG = {
+    "vocab_size": 50,
+    "context_length": 16,
+    "emb_dim": 8,
+    "n_heads": 2,
+    "n_layers": 3,
+    "drop_rate": 0.0,
+    "qkv_bias": True,
+}
 
 
 @pytest.fixture
 def published(tmp_path):
-    """A tiny GPT-2 of transformers and its weights as gpt_download reads them."""
+    """A tiny GPT-2 of Transformers, and its weights as gpt_download returns them."""
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_head=2, n_layer=3)).eval()
-    for parameter in gpt2.parameters():  # biases and norms start as zeros and ones, which would hide a mix-up
+    for parameter in gpt2.parameters():  # the initial zeros and ones of biases and norms would hide a swap
         nn.init.normal_(parameter, std=0.3)
     gpt2.transformer.save_pretrained(tmp_path)
     return gpt2, read_params(tmp_path / "model.safetensors")
 
 
-def test_logits_equal_those_of_transformers(published):
+def test_gpt_model_logits_equal_those_of_transformers(published):
     gpt2, params = published
     model = GPTModel(CONFIG).eval()
     load_weights_into_gpt(model, params)
@@ -32,7 +39,7 @@ def test_logits_equal_those_of_transformers(published):
         torch.testing.assert_close(model(ids), gpt2(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_loading_refuses_missing_left_over_and_misshapen_arrays_and_copies_nothing(published):
+def test_load_weights_into_gpt_refuses_arrays_that_do_not_fit_and_copies_nothing(published):
     _, params = published
     model = GPTModel(CONFIG)
     before = copy.deepcopy(model.state_dict())
@@ -42,7 +49,7 @@ def test_loading_refuses_missing_left_over_and_misshapen_arrays_and_copies_nothi
         load_weights_into_gpt(model, broken)
     broken = copy.deepcopy(params)
     broken["blocks"].append(broken["blocks"][0])
-    with pytest.raises(ValueError, match="blocks/3/.* has no place in this model"):
+    with pytest.raises(ValueError, match=r"blocks/3/.* has no place in this model"):
         load_weights_into_gpt(model, broken)
     broken = copy.deepcopy(params)
     broken["wpe"] = broken["wpe"][:15]
@@ -52,7 +59,7 @@ def test_loading_refuses_missing_left_over_and_misshapen_arrays_and_copies_nothi
         assert torch.equal(tensor, before[name])
 
 
-def test_parameters_are_created_in_the_books_order():
+def test_gpt_model_creates_parameters_in_the_books_order():
     torch.manual_seed(123)
     model = GPTModel({**CONFIG, "qkv_bias": False})
     torch.manual_seed(123)
@@ -69,7 +76,7 @@ def test_parameters_are_created_in_the_books_order():
     assert torch.equal(model.out_head.weight, nn.Linear(8, 50, bias=False).weight)
 
 
-def test_a_state_dict_with_the_books_causal_masks_loads():
+def test_gpt_model_loads_a_state_dict_with_the_books_causal_masks():
     model = GPTModel(CONFIG)
     state = model.state_dict()
     assert "trf_blocks.0.att.W_query.weight" in state
@@ -78,7 +85,7 @@ def test_a_state_dict_with_the_books_causal_masks_loads():
     model.load_state_dict(state)
 
 
-def test_a_token_does_not_see_those_after_it():
+def test_gpt_model_does_not_attend_to_later_tokens():
     model = GPTModel(CONFIG).eval()
     ids = torch.randint(50, (1, 10))
     changed = ids.clone()
@@ -89,7 +96,7 @@ def test_a_token_does_not_see_those_after_it():
     assert (difference[7:] > 0).all()
 
 
-def test_dropout_acts_in_training_mode_only():
+def test_gpt_model_applies_dropout_in_training_mode_only():
     model = GPTModel({**CONFIG, "drop_rate": 0.5})
     ids = torch.randint(50, (1, 10))
     assert not torch.equal(model(ids), model(ids))
@@ -97,16 +104,17 @@ def test_dropout_acts_in_training_mode_only():
     assert torch.equal(model(ids), model(ids))
 
 
-def test_generation_is_greedy_and_sees_only_the_context():
+def test_generate_text_simple_is_greedy_and_limits_the_context():
     class NextNumber(nn.Module):
-        """Predicts the last token plus the number of tokens it sees."""
+        """Predicts the last token id plus the number of input tokens."""
 
         def forward(self, ids):
             return nn.functional.one_hot((ids[:, -1:] + ids.shape[1]) % 50, 50).float()
+
     ids = generate_text_simple(NextNumber(), torch.tensor([[1, 2]]), max_new_tokens=3, context_size=3)
-    assert ids.tolist() == [[1, 2, 4, 7, 10]]  # 2 + 2 seen, 4 + 3 seen, 7 + 3 seen
+    assert ids.tolist() == [[1, 2, 4, 7, 10]]  # 2 + 2 inputs, 4 + 3 inputs, 7 + 3 inputs
 
 
-def test_a_width_that_heads_do_not_divide_is_refused():
+def test_gpt_model_refuses_an_emb_dim_that_n_heads_does_not_divide():
     with pytest.raises(ValueError, match="divisible"):
         GPTModel({**CONFIG, "n_heads": 3})

@@ -1,4 +1,4 @@
-"""The pages give commands that exist, links that lead somewhere, and a layout that names every file."""
+"""Checks of the pages: commands, links, the layout section and the requirements."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from packaging.requirements import Requirement
 
 import download_prepare_dataset
@@ -15,13 +15,25 @@ import reproduce
 import train_bert_hf
 import train_gpt
 import train_sklearn_logreg
-from finetuning.records import run_folder
+from finetuning.reporting.experiments import EXPERIMENTS, SEED
+from finetuning.reporting.records import run_folder
 
-PARSERS = {"download_prepare_dataset.py": download_prepare_dataset, "train_gpt.py": train_gpt,
-           "train_bert_hf.py": train_bert_hf, "train_sklearn_logreg.py": train_sklearn_logreg,
-           "reproduce.py": reproduce, "predict.py": predict}
-PAGES = ["README.md", "README.ja.md", "CONTRIBUTING.md", "benchmarks/README.md", "tests/README.md",
-         *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+PARSERS = {
+    "download_prepare_dataset.py": download_prepare_dataset,
+    "train_gpt.py": train_gpt,
+    "train_bert_hf.py": train_bert_hf,
+    "train_sklearn_logreg.py": train_sklearn_logreg,
+    "reproduce.py": reproduce,
+    "predict.py": predict,
+}
+PAGES = [
+    "README.md",
+    "README.ja.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "tests/README.md",
+    *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")),
+]
 
 
 def read(page):
@@ -35,13 +47,15 @@ def code_blocks(text):
 
 def commands(text):
     """Return what each command of a page passes to Python: [script, argument, ...]."""
-    matches = [re.match(r"(?:.* && |torchrun (?:--n\w+ \d+ |--rdzv\w+ \S+ )+)?(?:python )?(\w+\.py\b.*)$", line)
-               for line in code_blocks(text)]
+    matches = [
+        re.match(r"(?:.* && |torchrun (?:--n\w+ \d+ |--rdzv\w+ \S+ )+)?(?:python )?(\w+\.py\b.*)$", line)
+        for line in code_blocks(text)
+    ]
     return [shlex.split(match[1], comments=True) for match in matches if match]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_is_understood(page):
+def test_every_command_parses(page):
     for script, *arguments in commands(read(page)):
         if script in PARSERS:
             PARSERS[script].parse_args(arguments)
@@ -51,14 +65,14 @@ def test_the_readme_uses_every_script():
     assert {script for script, *_ in commands(read("README.md"))} == set(PARSERS)
 
 
-@pytest.mark.parametrize("row", reproduce.EXPERIMENTS, ids=lambda row: f"{row.number} {row.name}")
-def test_every_experiment_has_its_command_and_its_folder(row):
-    page = "README.md" if row.number <= 8 else "docs/experiments.md"
-    script, *arguments = shlex.split(reproduce.command_line(row, reproduce.SEED))[1:]
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: f"{experiment.number} {experiment.name}")
+def test_every_experiment_has_its_command_on_a_page_and_its_folder(experiment):
+    page = "README.md" if experiment.number <= 8 else "docs/experiments.md"
+    script, *arguments = shlex.split(experiment.command_line(SEED))[1:]
     assert [script, *arguments] in commands(read(page))
     args = PARSERS[script].parse_args(arguments)
     folder = run_folder(args, PARSERS[script].run_name(args))
-    assert folder.as_posix() == reproduce.run_folder(row, reproduce.SEED)
+    assert folder.as_posix() == experiment.run_folder(SEED)
 
 
 def test_both_languages_have_the_same_structure():
@@ -75,7 +89,7 @@ def links(text):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_to_a_file_and_a_heading(page):
+def test_every_link_has_an_existing_target(page):
     for link in links(read(page)):
         if link.startswith(("https://", "../../actions/")):  # on GitHub
             continue
@@ -87,10 +101,8 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
             assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
-@pytest.mark.parametrize("page", reproduce.PAGES)
-def test_the_layout_names_every_file_and_folder_at_the_top(page):
-    if not page.startswith("README"):
-        return
+@pytest.mark.parametrize("page", ["README.md", "README.ja.md"])
+def test_layout_names_every_script_and_folder(page):
     layout = read(page).split("\ndownload_prepare_dataset.py ")[1].split("```")[0] + " download_prepare_dataset.py"
     assert set(re.findall(r"\w+\.py", layout)) == {path.name for path in REPOSITORY.glob("*.py")}
     for folder in ("finetuning", "benchmarks", "results", "docs", "tests"):
@@ -113,22 +125,28 @@ def requirements(name):
     return {requirement.name.lower().replace("_", "-"): requirement for requirement in map(Requirement, lines)}
 
 
-def test_the_versions_of_the_records_are_within_the_bounds():
+def test_constraints_are_within_the_bounds_of_the_requirements():
     exact = requirements("constraints.txt")
     for package, requirement in requirements("requirements-extra.txt").items():
-        version, = exact[package].specifier
-        assert version.operator == "==" and requirement.specifier.contains(version.version)
+        (version,) = exact[package].specifier
+        assert version.operator == "=="
+        assert requirement.specifier.contains(version.version)
 
 
-def test_everything_that_is_imported_is_required():
-    """Packages of the scripts are listed in requirements-extra.txt; TensorBoard is optional."""
+def test_every_imported_package_is_required():
+    """All packages are in requirements-extra.txt, except TensorBoard, which is optional."""
     ours = {path.stem for path in REPOSITORY.glob("*.py")} | {"finetuning", "benchmarks"}
     renamed = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
     imported = set()
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("finetuning/**/*.py"), *REPOSITORY.glob("benchmarks/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
-                     [node.module] if isinstance(node, ast.ImportFrom) else [])
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             imported |= {name.partition(".")[0] for name in names}
     listed = {*requirements("requirements-extra.txt"), "tensorboard"}
     assert {renamed.get(name, name) for name in imported - ours - sys.stdlib_module_names} <= listed

@@ -5,22 +5,26 @@ import sys
 
 import pandas as pd
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 import train_sklearn_logreg
-from finetuning import records
+from finetuning.reporting import records
 
 
 @pytest.mark.parametrize("features", train_sklearn_logreg.FEATURES)
-def test_the_published_format_and_the_record(features, data_dir, tmp_path, capsys):
-    train_sklearn_logreg.main(["--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"),
-                               "--features", features])
+def test_log_has_the_published_format_and_matches_the_record(features, data_dir, tmp_path, capsys):
+    train_sklearn_logreg.main(
+        ["--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"), "--features", features]
+    )
     lines = capsys.readouterr().out.splitlines()
     accuracies = [r"Training Accuracy: \d+\.\d\d%", r"Validation Accuracy: \d+\.\d\d%", r"Test Accuracy: \d+\.\d\d%"]
-    for line, pattern in zip(lines, ["Dummy classifier:", *accuracies, "", "",
-                                     train_sklearn_logreg.FEATURES[features].title, *accuracies], strict=True):
+    for line, pattern in zip(
+        lines,
+        ["Dummy classifier:", *accuracies, "", "", train_sklearn_logreg.FEATURES[features].title, *accuracies],
+        strict=True,
+    ):
         assert re.fullmatch(pattern, line), line
-    # The dummy says what most training reviews are.
+    # The dummy predicts the majority class of the training set.
     train, test = (pd.read_csv(data_dir / f"{split}.csv")["label"] for split in ("train", "test"))
     assert lines[3] == f"Test Accuracy: {(test == train.mode()[0]).mean():.2%}"
     record = records.read_record(tmp_path / "run")
@@ -30,29 +34,35 @@ def test_the_published_format_and_the_record(features, data_dir, tmp_path, capsy
     assert ((predictions["probability"] > 0.5) == predictions["label"]).mean() == record["accuracy"]["test"]
 
 
-def test_words_of_the_test_set_are_not_learned_from(data_dir, tmp_path):
-    """The vocabulary comes from the training set alone."""
-    def parameters(folder):
+def test_vocabulary_comes_from_the_training_set_alone(data_dir, tmp_path):
+    def num_parameters(folder):
         train_sklearn_logreg.main(["--data_dir", str(data_dir), "--output_dir", str(tmp_path / folder)])
-        return records.read_record(tmp_path / folder)["parameters"]["all"]
-    before = parameters("before")
+        return records.read_record(tmp_path / folder)["parameters"]["total"]
+
+    before = num_parameters("before")
     for split in ("validation", "test"):
         with (data_dir / f"{split}.csv").open("a") as file:
             file.write("unheard of words,1\n")
-    assert parameters("after") == before
+    assert num_parameters("after") == before
 
 
-def test_too_many_distinct_words_are_not_called_too_small_a_training_set(data_dir, failing, monkeypatch):
+def test_too_large_vocabulary_is_reported(data_dir, failing, monkeypatch):
     ngrams = train_sklearn_logreg.FEATURES["nb-ngrams"]
-    monkeypatch.setitem(train_sklearn_logreg.FEATURES, "nb-ngrams", dataclasses.replace(
-        ngrams, vectorizer=lambda: ngrams.vectorizer(ngram_range=(1, 32))))
-    monkeypatch.setattr(train_sklearn_logreg, "note", lambda message: None)
-    message = failing(train_sklearn_logreg.main, "--data_dir", data_dir, "--output_dir", data_dir / "run",
-                      "--features", "nb-ngrams")
-    assert message.endswith("cannot compute --features nb-ngrams of the training set: its 16 distinct words are too "
-                            "many for n-grams of 32 words")
+    monkeypatch.setitem(
+        train_sklearn_logreg.FEATURES,
+        "nb-ngrams",
+        dataclasses.replace(ngrams, vectorizer=lambda: ngrams.vectorizer(ngram_range=(1, 32))),
+    )
+    monkeypatch.setattr(train_sklearn_logreg, "print_status", lambda message: None)
+    message = failing(
+        train_sklearn_logreg.main, "--data_dir", data_dir, "--output_dir", data_dir / "run", "--features", "nb-ngrams"
+    )
+    assert message.endswith(
+        "cannot compute --features nb-ngrams of the training set: its 16 distinct words are too "
+        "many for n-grams of 32 words"
+    )
 
 
-def test_torch_is_not_imported():
+def test_script_does_not_import_torch():
     code = "import sys, train_sklearn_logreg; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

@@ -1,0 +1,149 @@
+"""The measurements of benchmarks/speed.py as JSON, and their tables in benchmarks/README.md.
+
+A file holds a list of reports, one for each call of the script. Their "rows" are
+{experiment: [{implementation: {part: value}} for each round]}.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks.experiments import EXPERIMENTS
+from finetuning.system.errors import UserError
+from finetuning.system.files import atomic_write
+
+FOLDER = Path(__file__).parent
+PATH, GPU_PATH = Path("benchmarks/speed.json"), Path("benchmarks/speed_gpu.json")
+TRAINERS = ("trainer_fp32", "trainer_bf16")
+PROJECTS = {"project": "", "project_compiled": ", compiled"}  # implementation -> suffix of the experiment's name
+# Parts of a run and what the tables call them.
+PARTS = {
+    "run": "whole run",
+    "step": "training step",
+    "review": "evaluation",
+    "tokenizing": "tokenizing",
+    "peak_memory": "peak memory",
+}
+TRAINER_PARTS = {part: f"Trainer: {PARTS[part]}" for part in ("step", "review", "peak_memory")}
+SHARE_COLUMNS = (
+    "experiment",
+    "precision",
+    "matrix products",
+    "training step",
+    "of the limit",
+    "evaluating a review",
+    "of the limit",
+)
+
+
+def add_report(path: Path, report: dict) -> None:
+    """Add a report to a file of reports, in place of its earlier measurements of the same experiments."""
+    reports = read_reports(path) if path.exists() else []
+    for older in reports:
+        older["rows"] = {name: rounds for name, rounds in older["rows"].items() if name not in report["rows"]}
+    reports = [older for older in reports if older["rows"]] + [report]
+    with atomic_write(path) as (temporary,):
+        temporary.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+
+
+def read_reports(path: Path) -> list[dict]:
+    """Read a file of reports."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def merge_rows(reports: list[dict]) -> dict[str, list[dict]]:
+    """Return the rows of all reports in the order of EXPERIMENTS."""
+    rows = {name: rounds for report in reports for name, rounds in report["rows"].items()}
+    order = list(EXPERIMENTS)
+    return dict(sorted(rows.items(), key=lambda row: (order.index(row[0].partition(",")[0]), row[0])))
+
+
+def ratio_table(rows: dict[str, list[dict]]) -> str:
+    """Return the Markdown table of other implementation / project, the medians over the rounds."""
+    lines = table_head(["experiment", *PARTS.values(), *TRAINER_PARTS.values()])
+    for name, rounds in rows.items():
+        for project, suffix in PROJECTS.items():
+            if any(project in measured for measured in rounds):
+                cells = [ratio(rounds, ("reference",), project, part) for part in PARTS]
+                cells += [ratio(rounds, TRAINERS, project, part) for part in TRAINER_PARTS]
+                lines.append(table_line([name + suffix, *cells]))
+    return "\n".join(lines)
+
+
+def ratio(rounds: list[dict], others: tuple[str, ...], project: str, part: str) -> str:
+    """Return the median over the rounds of the best of the other implementations / project; "" if not measured."""
+    ratios = []
+    for measured in rounds:
+        theirs = [measured[other][part] for other in others if part in measured.get(other, {})]
+        ours = measured.get(project, {})
+        # With cached outputs of the frozen layers a step of the head alone is not a step of the model.
+        is_comparable = part in ours and not ("caching" in ours and part in ("step", "review"))
+        if theirs and is_comparable:
+            ratios.append(min(theirs) / ours[part])
+    return f"{statistics.median(ratios):.2f}x" if ratios else ""
+
+
+def share_table(rows: dict[str, list[dict]]) -> str:
+    """Return the Markdown table of FLOPs and of the share of the device's matrix rate, the medians over the rounds."""
+    lines = table_head(SHARE_COLUMNS)
+    for name, rounds in rows.items():
+        for project, suffix in PROJECTS.items():
+            runs = [measured[project] for measured in rounds if "step_share" in measured.get(project, {})]
+            if runs:
+                lines.append(table_line([name + suffix, runs[0]["precision"], *share_cells(runs)]))
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+
+def share_cells(runs: list[dict]) -> list[str]:
+    """Return the cells of the matrix rate, and of the FLOPs and the share of a training step and of an evaluation."""
+
+    def median(key):
+        return statistics.median(run[key] for run in runs)
+
+    return [
+        f"{median('matrix_rate') / 1e9:,.0f} GFLOP/s",
+        f"{median('step_flops') / 1e9:,.0f} GFLOP",
+        f"{median('step_share'):.0%}",
+        f"{median('review_flops') / 1e9:,.1f} GFLOP",
+        f"{median('review_share'):.0%}",
+    ]
+
+
+def table_head(cells) -> list[str]:
+    """Return the first two lines of a Markdown table."""
+    return [table_line(cells), f"|{'---|' * len(cells)}"]
+
+
+def table_line(cells) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def sections(folder: Path = FOLDER) -> dict[str, str]:
+    """Return the generated sections of the page: {name: Markdown}."""
+    rows = merge_rows(read_reports(folder / PATH.name))
+    return {"ratios": ratio_table(rows), "shares": share_table(rows), "gpu": gpu_section(folder / GPU_PATH.name)}
+
+
+def gpu_section(path: Path) -> str:
+    """Return the tables of a file of reports with the hardware they are of."""
+    if not path.exists():
+        return "Not measured yet."
+    reports = read_reports(path)
+    rows, hardware = merge_rows(reports), " and ".join(sorted({report["hardware"] for report in reports}))
+    return f"{hardware}:\n\n{ratio_table(rows)}\n\n{share_table(rows)}"
+
+
+def update_page(folder: Path = FOLDER) -> None:
+    """Write the generated sections between their markers in README.md; raises UserError if one is missing."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, content in sections(folder).items():
+        start, end = f"<!-- {name}: written by benchmarks/speed.py --update_readme -->", f"<!-- end of {name} -->"
+        before, found_start, rest = text.partition(start)
+        _, found_end, after = rest.partition(end)
+        if not (found_start and found_end):
+            raise UserError(f"{path} must have the lines {start} and {end}")
+        text = f"{before}{start}\n{content}\n{end}{after}"
+    with atomic_write(path) as (temporary,):
+        temporary.write_text(text, encoding="utf-8")

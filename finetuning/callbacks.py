@@ -1,0 +1,58 @@
+"""Callbacks of the training loop; each is called with the TrainState after a step."""
+
+from contextlib import contextmanager
+
+from finetuning.system.console import progress_bar
+from finetuning.system.errors import UserError
+
+
+@contextmanager
+def training_bar(state, total_steps, batch_size):
+    """Yield a callback that shows a progress bar, counted in reviews.
+
+    The loss shown is that of the last log line: reading a newer one would synchronize with the GPU.
+    """
+    bar = progress_bar(
+        desc="Training", total=total_steps * batch_size, initial=state.step * batch_size, unit=" reviews"
+    )
+
+    def update(state):
+        loss = f", loss {state.eval_history[-1]['train_loss']:.3f}" if state.eval_history else ""
+        bar.set_postfix_str(f"step {state.step}/{total_steps}{loss}", refresh=False)
+        bar.update(state.step * batch_size - bar.n)
+
+    with bar:
+        yield update
+
+
+class TensorBoard:
+    """Callback that writes new losses and accuracies to an event file in the run's folder.
+
+    Raises UserError if the package tensorboard, which is not in the requirements, is not installed.
+    """
+
+    def __init__(self, folder):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+        # A resumed run writes its whole history again; purge_step hides what earlier event files hold.
+        self.open = lambda: SummaryWriter(folder, purge_step=0)
+        self.writer = None  # opened with the first values, so that a run that fails early leaves no file
+        self.num_written = {"eval_history": 0, "epoch_metrics": 0}
+
+    def __call__(self, state):
+        """Write what is new in the state."""
+        for name, count in self.num_written.items():
+            new = getattr(state, name)[count:]
+            self.num_written[name] += len(new)
+            for row in new:
+                self.write(**row)
+
+    def write(self, step, **values):
+        """Write values such as `train_loss` at a step."""
+        self.writer = self.writer or self.open()
+        for key, value in values.items():
+            split, metric = key.split("_")
+            self.writer.add_scalar(f"{metric}/{split}", value, step)
+        self.writer.flush()

@@ -1,0 +1,173 @@
+"""Cached outputs of frozen layers, which are the same in every epoch and log line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetuning.data.batching import IMDbDataset, batches_by_token_budget
+from finetuning.performance import distributed
+from finetuning.performance.device import get_rng_state
+from finetuning.performance.inference import Classifier, inference_context, predict_logits, retry_in_smaller_batches
+from finetuning.system.console import print_status
+from finetuning.system.environment import available_memory
+
+MAX_MEMORY_FRACTION = 0.5  # of the free memory, for cached hidden states
+
+
+def cache_frozen_outputs(
+    args, classifier: Classifier, head: nn.Module, *datasets: IMDbDataset
+) -> tuple[Classifier, list]:
+    """Return `(classifier, datasets)` that start from cached outputs of the frozen layers, if that saves time.
+
+    The results of training stay the same up to rounding.
+    """
+    model = classifier.model
+    train = datasets[0]
+    # A head of several layers may read more than one vector per review, and is trained as it is.
+    if args.trainable_layers == "last_layer" and isinstance(head, nn.Linear) and is_deterministic(classifier, train):
+        print_status("All layers below the head are frozen: caching their outputs")
+        return extract_features(classifier, head, *datasets)
+    can_cache = args.trainable_layers == "last_block" and hasattr(model, "hidden_states")
+    if not can_cache or not is_deterministic(classifier, train):
+        return classifier, [*datasets]
+    # A single epoch needs each output once, and the hidden states of all tokens are large.
+    if args.num_epochs > 1 and fits_in_memory(model, datasets):
+        print_status("All layers below the last block are frozen: caching their outputs")
+        return classifier, [cache_hidden_states(classifier, dataset) for dataset in datasets]
+    samples = [dataset.head(args.eval_iter * args.batch_size) for dataset in datasets]
+    if fits_in_memory(model, samples):
+        print_status("All layers below the last block are frozen: caching their outputs for the log lines")
+        samples = [cache_hidden_states(classifier, sample) for sample in samples]
+        cached = zip(datasets, samples, strict=True)
+        return classifier, [dataset.with_cached_head(sample) for dataset, sample in cached]
+    return classifier, [*datasets]
+
+
+class FeatureBatch(NamedTuple):
+    """A batch of vectors that the head reads, in place of token ids."""
+
+    features: torch.Tensor  # (batch, width) float32
+    labels: torch.Tensor  # (batch,) int64
+
+    def to(self, device: torch.device) -> "FeatureBatch":
+        """Return the batch on another device."""
+        return FeatureBatch(*(tensor.to(device) for tensor in self))
+
+
+class FeatureDataset:
+    """Reviews as feature vectors (reviews, width), with the interface of IMDbDataset."""
+
+    def __init__(self, features: torch.Tensor, lengths: np.ndarray, labels: np.ndarray):
+        self.features = features
+        self.lengths = lengths  # in tokens, by which batches can be grouped
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    @staticmethod
+    def padded_lengths(lengths):
+        """Return ones: each review is a single vector."""
+        return np.ones_like(lengths)
+
+    def head(self, count: int) -> "FeatureDataset":
+        """Return the first `count` reviews."""
+        return FeatureDataset(self.features[:count], self.lengths[:count], self.labels[:count])
+
+    def collate(self, indices) -> FeatureBatch:
+        """Return the reviews at `indices`."""
+        indices = torch.as_tensor(indices)
+        return FeatureBatch(self.features[indices], torch.from_numpy(self.labels[indices.numpy()]))
+
+
+def is_deterministic(classifier: Classifier, dataset: IMDbDataset) -> bool:
+    """Return whether a forward pass in training mode draws no random numbers, that is, has no dropout."""
+    before = get_rng_state(classifier.device)
+    was_training = classifier.model.training
+    classifier.model.train()
+    with torch.no_grad():
+        classifier(dataset.collate([0]).to(classifier.device))
+    classifier.model.train(was_training)
+    after = get_rng_state(classifier.device)
+    return all(torch.equal(before[kind], after[kind]) for kind in before)
+
+
+def extract_features(classifier: Classifier, head: nn.Module, *datasets: IMDbDataset):
+    """Return a classifier of the head alone and the datasets as the vectors that the head reads.
+
+    With the head replaced by the identity, the pooled outputs are the head's inputs. This holds for
+    averages over tokens as well, since the head is linear.
+    """
+    with replaced_by_identity(head, classifier.model):
+        features = [predict_logits(dataset, classifier) for dataset in datasets]
+    head_only = Classifier(head, head_logits, classifier.device, classifier.precision)
+    return head_only, [
+        FeatureDataset(vectors, dataset.lengths, dataset.labels)
+        for vectors, dataset in zip(features, datasets, strict=True)
+    ]
+
+
+def head_logits(head, batch):
+    """Return the logits (batch, classes) of a FeatureBatch."""
+    return head(batch.features)
+
+
+@contextmanager
+def replaced_by_identity(layer: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Replace a layer of the model by the identity while the block runs."""
+    path = next(path for path, module in model.named_modules() if module is layer)
+    model.set_submodule(path, nn.Identity())
+    try:
+        yield
+    finally:
+        model.set_submodule(path, layer)
+
+
+def cache_hidden_states(classifier: Classifier, dataset: IMDbDataset) -> IMDbDataset:
+    """Return the dataset with the inputs of the last block in place of token ids; `GPTClassifier` takes either."""
+    model: Any = classifier.model  # a GPTClassifier
+    num_rows = cached_lengths(dataset)
+    states = np.empty((num_rows.sum(), model.tok_emb.embedding_dim), dtype=np.float32)
+    offsets = np.cumsum(num_rows) - num_rows
+    padded = dataset.padded_lengths(dataset.lengths)
+    # They are recorded during a forward pass, so that kernels and packing are those of training and prediction.
+    recording: Any = copy(model)  # a copy is not compiled
+    recorder, recorded = replace(classifier, model=recording), []
+
+    def hidden_states(input_ids, lengths=None):
+        recorded.append(model.hidden_states(input_ids, lengths))
+        return recorded[-1]
+
+    recording.hidden_states = hidden_states
+
+    def compute(indices):
+        recorded.clear()
+        recorder(dataset.collate(indices).to(classifier.device))
+        hidden = recorded.pop().float().cpu().numpy()
+        is_packed = len(hidden) < len(indices)
+        return np.split(hidden[0], np.cumsum(num_rows[indices])[:-1]) if is_packed else hidden
+
+    with inference_context(recorder):
+        batches = batches_by_token_budget(padded, classifier.eval_tokens)
+        for indices, hidden in retry_in_smaller_batches(compute, batches, padded, classifier):
+            for rows, index in zip(hidden, indices, strict=True):
+                states[offsets[index] : offsets[index] + num_rows[index]] = rows[: num_rows[index]]
+    return dataset.with_hidden_states(states, num_rows)
+
+
+def cached_lengths(dataset: IMDbDataset) -> np.ndarray:
+    """Return how many hidden states to cache per review: including the padding if its length is fixed."""
+    return np.full_like(dataset.lengths, dataset.pad_to) if isinstance(dataset.pad_to, int) else dataset.lengths
+
+
+def fits_in_memory(model: Any, datasets) -> bool:
+    """Return whether the hidden states of all datasets may be cached; the machine's processes share its memory."""
+    tokens = sum(int(cached_lengths(dataset).sum()) for dataset in datasets)
+    num_bytes = tokens * model.tok_emb.embedding_dim * np.dtype(np.float32).itemsize
+    return num_bytes < MAX_MEMORY_FRACTION * available_memory() / distributed.local_world_size()

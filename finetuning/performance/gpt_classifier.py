@@ -1,0 +1,86 @@
+"""The book's GPT model, run so that nothing is computed that the logits do not depend on.
+
+Three savings, each equal to `GPTModel.forward` up to rounding:
+
+- Logits at selected positions only: the last block's queries, its feed-forward layers and the head
+  run for the tokens whose logits are read, while keys and values still come from all tokens.
+- Packed sequences: the texts of a batch are concatenated without padding, and each attends to itself.
+- Cached hidden states: the blocks below the last one can be run once if they are frozen.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class GPTClassifier(nn.Module):
+    """A view of a `GPTModel` that shares its modules, and so its parameters and state dict."""
+
+    def __init__(self, gpt: nn.Module):
+        super().__init__()
+        for name, module in gpt.named_children():
+            self.add_module(name, module)
+
+    def forward(self, inputs, positions=None, lengths=None, token_weights=None):
+        """Return logits (batch, tokens, classes), or (batch, n, classes) at `positions` (batch, n).
+
+        `inputs` are token ids (batch, tokens), or what `hidden_states` returned for them. With
+        `lengths`, a list, they are the packed ids (1, tokens) of texts of these lengths, and
+        `positions` (1, texts) may only be the last token of each text. With `token_weights` (batch, tokens),
+        return the weighted mean of the logits (batch, classes): the head is linear, so it is applied to the mean.
+        """
+        x = inputs if inputs.is_floating_point() else self.hidden_states(inputs, lengths)
+        x = self.final_norm(block_forward(self.trf_blocks[-1], x, positions, lengths))
+        if token_weights is not None:
+            x = (x.float() * token_weights[..., None]).sum(dim=1) / token_weights.sum(dim=1, keepdim=True)
+        return self.out_head(x)
+
+    def hidden_states(self, input_ids, lengths=None):
+        """Return the input of the last block: token ids (batch, tokens) -> (batch, tokens, emb_dim)."""
+        positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths or input_ids.shape[1:]])
+        x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb(positions))
+        for block in self.trf_blocks[:-1]:
+            x = block_forward(block, x, lengths=lengths)
+        return x
+
+
+def block_forward(block, x, positions=None, lengths=None):
+    """Run a `TransformerBlock`: (batch, tokens, emb_dim) -> (batch, tokens or n, emb_dim)."""
+    attended = attention_forward(block.att, block.norm1(x), positions, lengths)
+    x = select_positions(x, positions) + block.drop_resid(attended)
+    return x + block.drop_resid(block.ff(block.norm2(x)))
+
+
+def attention_forward(att, x, positions=None, lengths=None):
+    """Run a `MultiHeadAttention`: (batch, tokens, d_in) -> (batch, tokens or n, d_out)."""
+    queries = att.split_heads(att.W_query(select_positions(x, positions)))
+    keys, values = att.split_heads(att.W_key(x)), att.split_heads(att.W_value(x))
+    dropout = att.dropout.p if att.training else 0.0
+    if lengths is None:
+        context = causal_attention(queries, keys, values, positions, dropout)
+    else:
+        texts = zip(
+            queries.split(lengths if positions is None else 1, dim=2),
+            keys.split(lengths, dim=2),
+            values.split(lengths, dim=2),
+            strict=True,
+        )
+        context = torch.cat([causal_attention(*text, positions=None, dropout=dropout) for text in texts], dim=2)
+    return att.out_proj(context.transpose(1, 2).flatten(2))
+
+
+def causal_attention(queries, keys, values, positions, dropout):
+    """Attend to the same and earlier tokens; each argument (batch, heads, tokens, head_dim).
+
+    The queries are those of all tokens, of the last token, or of the tokens at `positions` (batch, n).
+    """
+    if positions is None:
+        is_causal = queries.shape[2] > 1  # the last token may attend to all tokens
+        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=is_causal)
+    mask = torch.arange(keys.shape[2], device=keys.device) <= positions[..., None]
+    return F.scaled_dot_product_attention(queries, keys, values, mask[:, None], dropout_p=dropout)
+
+
+def select_positions(x, positions):
+    """Return x (batch, tokens, width) at positions (batch, n) as (batch, n, width), or all of x if that is None."""
+    return x if positions is None else x[torch.arange(len(x), device=x.device)[:, None], positions]

@@ -1,0 +1,107 @@
+"""The generated sections of the READMEs and of docs/, and the figures, rendered from the records."""
+
+from pathlib import Path
+
+from finetuning.reporting.comparison import compare_runs
+from finetuning.reporting.experiments import EXPERIMENTS, PUBLISHED_SPLIT
+from finetuning.reporting.log_sections import code_block, log_section
+from finetuning.reporting.plots import Point, plot_experiments, plot_run
+from finetuning.reporting.tables import (
+    minimum_detectable_difference,
+    recorded,
+    results_table,
+    splits_table,
+    times_table,
+)
+from finetuning.system.errors import UserError
+from finetuning.system.files import atomic_write
+
+FIGURE = Path("results") / "accuracy_against_time.svg"
+BENCHMARKS = Path("benchmarks") / "speed.json"
+README_SECTIONS = ["results", "additions", *(f"log {number}" for number in range(1, 9))]
+PAGES = {  # {page: (language, generated sections)}
+    "README.md": ("en", README_SECTIONS),
+    "README.ja.md": ("ja", README_SECTIONS),
+    "docs/experiments.md": ("en", ["significance", "comparison", "splits", "log 9", "log 10", "log 11"]),
+    "docs/hardware.md": ("en", ["times"]),
+}
+
+
+def write_pages(root: Path) -> None:
+    """Write the generated sections of all PAGES and the figures of all runs."""
+    results = root / "results"
+    for page, (language, names) in PAGES.items():
+        prefix = "../" * page.count("/")  # links are relative to the page
+        sections = {name: section(name, results, language) for name in names}
+        replace_sections(
+            root / page, {name: text.replace("](results/", f"]({prefix}results/") for name, text in sections.items()}
+        )
+    for experiment in EXPERIMENTS:
+        for record in recorded(experiment, results):
+            plot_run((root / record).parent)
+    plot_experiments(accuracy_points(results), missing_footnote(results), root / FIGURE)
+
+
+def section(name: str, results: Path, language: str) -> str:
+    """Return the Markdown of a generated section."""
+    kind, _, number = name.partition(" ")
+    if kind == "log":
+        return log_section(PUBLISHED_SPLIT[int(number) - 1], results, language)
+    return {
+        "results": lambda: results_table(PUBLISHED_SPLIT[:8], results, language),
+        "additions": lambda: results_table(PUBLISHED_SPLIT[8:], results, language),
+        "significance": lambda: minimum_detectable_difference(PUBLISHED_SPLIT, worse=4, better=6),
+        "comparison": lambda: comparison_section(results),
+        "splits": lambda: splits_table(EXPERIMENTS, results),
+        "times": lambda: times_table(EXPERIMENTS, results, results.parent / BENCHMARKS),
+    }[kind]()
+
+
+def comparison_section(results: Path) -> str:
+    """Return the comparison of the first records of experiments 8 and 9, if both exist."""
+    paths = [path for number in (8, 9) for path in list(recorded(PUBLISHED_SPLIT[number - 1], results))[:1]]
+    if len(paths) < 2:
+        return ""
+    summary, _ = compare_runs(*((results.parent / path).parent for path in paths))
+    return code_block(summary)
+
+
+def accuracy_points(results: Path) -> list[Point]:
+    """Return the measured and published points of the figure."""
+    points = []
+    for experiment in PUBLISHED_SPLIT:
+        label = f"{experiment.number} {experiment.title}"
+        for record in recorded(experiment, results).values():
+            minutes = record["seconds"]["training"] / 60
+            points.append(Point(label, minutes, record["accuracy"]["test"], record["test_interval_95"]))
+        if experiment.published and experiment.log and experiment.log.minutes:
+            points.append(Point(label, experiment.log.minutes, experiment.published / 100))
+    return points
+
+
+def missing_footnote(results: Path) -> str:
+    """Return a sentence on the experiments that the figure does not show, if any."""
+    missing = [
+        str(experiment.number)
+        for experiment in PUBLISHED_SPLIT
+        if not (experiment.log and experiment.log.minutes) and not recorded(experiment, results)
+    ]
+    return f"not measured yet, and no published time: experiments {', '.join(missing)}" if missing else ""
+
+
+def replace_sections(page: Path, sections: dict[str, str]) -> None:
+    """Replace the generated sections {name: text} of a page; raise UserError if it lacks a marker."""
+    text = page.read_text(encoding="utf-8")
+    for name, content in sections.items():
+        start, end = markers(name)
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise UserError(f"{page} must have the lines {start} and {end} once each")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+    with atomic_write(page) as (temporary,):
+        temporary.write_text(text, encoding="utf-8")
+
+
+def markers(name: str) -> tuple[str, str]:
+    """Return the lines before and after a generated section."""
+    return f"<!-- {name}: written by reproduce.py --update_readme -->", f"<!-- end of {name} -->"

@@ -1,0 +1,182 @@
+"""Markdown tables of the experiments; every measured number comes from a record."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from finetuning.reporting.experiments import Experiment
+from finetuning.reporting.parameter_counts import count_parameters
+from finetuning.reporting.records import RECORD, read_record
+from finetuning.reporting.statistics import Z_95, wilson_interval
+from finetuning.system.errors import UserError
+
+# Reviews of each split, by the folder of its CSV files: the tables refuse records of other data.
+REVIEWS = {
+    ".": {"train": 35_000, "validation": 5_000, "test": 10_000},
+    "official": {"train": 20_000, "validation": 5_000, "test": 25_000},
+}
+STRINGS = {
+    "en": {
+        "results": ["#", "model", "parameters", "published", "measured here (95% interval)"],
+        "interval": " ({:.2%} to {:.2%})",
+        "seeds": ", mean of {} seeds, sd {:.2f}",
+        "measured log": "Measured here on {} ([record]({})):",
+    },
+    "ja": {
+        "results": ["#", "モデル", "パラメータ数", "公表値", "ここでの実測値(95% 信頼区間)"],
+        "interval": "({:.2%}~{:.2%})",
+        "seeds": "、{} 個のシードの平均、標準偏差 {:.2f}",
+        "measured log": "ここでの実測({}、[記録]({})):",
+    },
+}
+DASH = "–"
+
+
+def recorded(experiment: Experiment, results: Path) -> dict[str, dict]:
+    """Return {path of the record: record} of an experiment, one for each seed.
+
+    Raise UserError if a record is damaged or of other data.
+    """
+    records, parent = {}, results / experiment.data_dir
+    folders = sorted(parent.glob(f"{experiment.name}-seed*")) or sorted(parent.glob(f"{experiment.former_name}-seed*"))
+    for folder in folders:
+        record = read_record(folder)
+        if record["reviews"] != REVIEWS[experiment.data_dir]:
+            raise UserError(
+                f"{folder / RECORD} has other numbers of reviews ({record['reviews']}) than its split "
+                f"({REVIEWS[experiment.data_dir]})"
+            )
+        records[(folder / RECORD).relative_to(results.parent).as_posix()] = record
+    return records
+
+
+def results_table(experiments: Iterable[Experiment], results: Path, language: str = "en") -> str:
+    """Return the table of published and measured accuracies."""
+    strings = STRINGS[language]
+    rows = [
+        [
+            str(experiment.number),
+            experiment.title,
+            parameters_cell(experiment, results),
+            f"{experiment.published:.2f}%" if experiment.published else DASH,
+            accuracy_cell(experiment, results, strings),
+        ]
+        for experiment in experiments
+    ]
+    return markdown_table(strings["results"], rows)
+
+
+def parameters_cell(experiment: Experiment, results: Path) -> str:
+    """Return the number of parameters: from the record if there is one, else counted from the model's configuration."""
+    records = list(recorded(experiment, results).values())
+    if not records and not experiment.hub_id:
+        return DASH
+    count = records[0]["parameters"]["total"] if records else count_parameters(experiment.hub_id)
+    return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count / 1e3:,.1f}k"
+
+
+def accuracy_cell(experiment: Experiment, results: Path, strings: dict) -> str:
+    """Return the mean test accuracy of an experiment's records, with interval and links; a dash without records."""
+    records = recorded(experiment, results)
+    if not records:
+        return DASH
+    accuracies = [record["accuracy"]["test"] for record in records.values()]
+    total = REVIEWS[experiment.data_dir]["test"]
+    mean = statistics.fmean(accuracies)
+    interval = strings["interval"].format(*wilson_interval(round(mean * total), total))
+    seeds = strings["seeds"].format(len(records), 100 * statistics.stdev(accuracies)) if len(records) > 1 else ""
+    return f"{link(f'{mean:.2%}', records)}{interval}{seeds}"
+
+
+def splits_table(experiments: Sequence[Experiment], results: Path) -> str:
+    """Return the table of accuracy without duplicates, accuracy on the official split, and calibration."""
+    official = {experiment.name: experiment for experiment in experiments if experiment.data_dir == "official"}
+    rows = []
+    for experiment in experiments:
+        records = recorded(experiment, results)
+        if experiment.data_dir != "." or not records:
+            continue
+        has_official = experiment.name in official
+        rows.append(
+            [
+                str(experiment.number),
+                experiment.title,
+                link(f"{record_mean(records, 'accuracy', 'test'):.2%}", records),
+                f"{record_mean(records, 'duplicates', 'accuracy_without'):.2%}",
+                accuracy_cell(official[experiment.name], results, STRINGS["en"]) if has_official else "",
+                f"{record_mean(records, 'calibration', 'log_loss'):.3f}",
+                f"{record_mean(records, 'calibration', 'expected_calibration_error'):.3f}",
+            ]
+        )
+    columns = ["#", "model", "random split", "without duplicates", "official split (95% interval)"]
+    return markdown_table([*columns, "log loss", "calibration error"], rows)
+
+
+def record_mean(records: dict[str, dict], *keys: str) -> float:
+    """Return the mean over records of the value under `keys`."""
+    first, second = keys
+    return statistics.fmean(record[first][second] for record in records.values())
+
+
+def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Path) -> str:
+    """Return the table of run times and memory: from the records, else extrapolated by the benchmarks.
+
+    `benchmarks` is the file that benchmarks/speed.py writes.
+    """
+    reports = json.loads(benchmarks.read_text(encoding="utf-8"))
+    measured = {
+        benchmark: (report["hardware"], rounds) for report in reports for benchmark, rounds in report["rows"].items()
+    }
+    rows = []
+    for experiment in experiments:
+        cells = [DASH, "", ""]
+        if records := list(recorded(experiment, results).values()):
+            minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
+            peak = max(record["peak_memory"] for record in records)
+            cells = [f"{minutes:.1f} min", gigabytes(peak), records[0]["hardware"]]
+        elif experiment.benchmark in measured:
+            hardware, rounds = measured[experiment.benchmark]
+            seconds = statistics.median(timings["project"]["run"] for timings in rounds)
+            peak = statistics.median(timings["project"]["peak_memory"] for timings in rounds)
+            cells = [f"{seconds / 3600:.1f} h, extrapolated", gigabytes(peak), hardware]
+        published = f"{experiment.log.minutes:.1f} min" if experiment.log and experiment.log.minutes else ""
+        rows.append([str(experiment.number), experiment.title, published, *cells])
+    columns = ["#", "model", "published: training", "measured: whole run", "peak memory", "hardware"]
+    return markdown_table(columns, rows)
+
+
+def gigabytes(count: float) -> str:
+    """Return a number of bytes in GB."""
+    return f"{count / 1e9:.1f} GB"
+
+
+def link(text: str, records: Iterable[str]) -> str:
+    """Return the text with a link to the first record, and a "+" with a link to each other one."""
+    first, *others = records
+    return f"[{text}]({first})" + "".join(f" [+]({path})" for path in others)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+
+def minimum_detectable_difference(experiments: Sequence[Experiment], worse: int, better: int) -> str:
+    """Return a sentence on which differences are significant, with two published results as the example."""
+    by_number = {experiment.number: experiment for experiment in experiments}
+    total = REVIEWS["."]["test"]
+    published = {experiment.number: experiment.published / 100 for experiment in experiments if experiment.published}
+    p, q = published[worse], published[better]
+    # Without their predictions the two count as independent, which overestimates the sampling error.
+    error = math.sqrt((p * (1 - p) + q * (1 - q)) / total)
+    return (
+        f"On {total:,} test reviews, two accuracies near {100 * q:.0f}% differ by more than sampling error if they "
+        f"are {100 * Z_95 * error:.1f} points apart, or less if both models fail on the same reviews. "
+        f"{by_number[worse].title} at {p:.2%} and {by_number[better].title} at {q:.2%} differ by "
+        f"{100 * (q - p):.2f} points: a significant difference between these two runs "
+        f"(p = {math.erfc((q - p) / error / math.sqrt(2)):.3f} or less). "
+        "One run each does not tell how much another seed would change."
+    )

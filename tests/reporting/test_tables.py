@@ -1,0 +1,85 @@
+import json
+
+import pytest
+from helpers import write_example_record, write_sized_example
+
+from finetuning.reporting import tables
+from finetuning.reporting.experiments import EXPERIMENTS, Experiment, PublishedLog
+from finetuning.system.errors import UserError
+
+COUNTS = Experiment(
+    number=8, title="Counts", published=88.85, command="python train_sklearn_logreg.py", name="logreg-counts"
+)
+OFFICIAL = COUNTS._replace(number=14, published=None, data_dir="official")
+
+
+def test_results_table_shows_the_interval_of_one_record(tmp_path):
+    folder = tmp_path / "results" / "logreg-counts-seed123"
+    write_sized_example(folder, 0.9, parameters={"total": 12_345, "trainable": 12_345})
+    line = tables.results_table([COUNTS], tmp_path / "results").splitlines()[-1]
+    # Wilson: 0.9 of 10,000 is 89.40% to 90.57%
+    assert line == (
+        "| 8 | Counts | 12.3k | 88.85% | [90.00%](results/logreg-counts-seed123/record.json) (89.40% to 90.57%) |"
+    )
+
+
+def test_results_table_shows_the_mean_of_three_seeds(tmp_path):
+    for seed, accuracy in enumerate([0.89, 0.9, 0.91]):
+        write_sized_example(tmp_path / "results" / f"logreg-counts-seed{seed}", accuracy)
+    line = tables.results_table([COUNTS], tmp_path / "results").splitlines()[-1]
+    assert "[90.00%](results/logreg-counts-seed0/record.json) [+](results/logreg-counts-seed1/record.json)" in line
+    assert line.endswith(", mean of 3 seeds, sd 1.00 |")
+
+
+def test_results_table_shows_a_dash_without_a_record(tmp_path):
+    assert tables.results_table([COUNTS], tmp_path).endswith("| 8 | Counts | – | 88.85% | – |")
+    bert = COUNTS._replace(hub_id="google-bert/bert-base-uncased", published=None)
+    assert tables.results_table([bert], tmp_path, "ja").endswith("| 8 | Counts | 109.5M | – | – |")
+
+
+def test_recorded_finds_a_former_name_until_there_is_a_record_of_the_new_name(tmp_path):
+    experiment = COUNTS._replace(name="new", former_name="old")
+    write_sized_example(tmp_path / "results" / "old-seed123", 0.8)
+    assert "[80.00%](results/old-seed123/record.json)" in tables.results_table([experiment], tmp_path / "results")
+    write_sized_example(tmp_path / "results" / "new-seed123", 0.9)
+    assert [*tables.recorded(experiment, tmp_path / "results")] == ["results/new-seed123/record.json"]
+
+
+def test_recorded_refuses_a_record_of_other_data(tmp_path):
+    write_example_record(tmp_path / "results" / "logreg-counts-seed123")
+    with pytest.raises(UserError, match="has other numbers of reviews"):
+        tables.results_table([COUNTS], tmp_path / "results")
+
+
+def test_splits_table_shows_both_splits_in_one_line(tmp_path):
+    write_sized_example(tmp_path / "results" / "logreg-counts-seed123", 0.9)
+    write_sized_example(tmp_path / "results" / "official" / "logreg-counts-seed123", 0.8, "official")
+    line = tables.splits_table([COUNTS, OFFICIAL], tmp_path / "results").splitlines()[-1]
+    # Of the 3 reviews that are not duplicates, 2 are classified correctly; 0.8 of 25,000 is 79.50% to 80.49%.
+    assert line.startswith("| 8 | Counts | [90.00%](results/logreg-counts-seed123/record.json) | 66.67% | [80.00%]")
+    assert "(79.50% to 80.49%)" in line
+
+
+def test_minimum_detectable_difference_by_hand():
+    text = tables.minimum_detectable_difference(EXPERIMENTS, worse=4, better=6)
+    # Proportions of 10,000, 0.9295 and 0.9379: sqrt((0.065530 + 0.058244) / 10,000) = 0.0035182; times 1.96: 0.69;
+    # 0.0084 / 0.0035182 = 2.3876 standard errors, two-sided p = 0.0170
+    assert "0.7 points apart" in text
+    assert "0.84 points" in text
+    assert "p = 0.017" in text
+
+
+def test_times_table_prefers_the_record_to_the_benchmark(tmp_path):
+    results, benchmarks = tmp_path / "results", tmp_path / "speed.json"
+    rounds = [{"reference": {}, "project": {"run": hours * 3600, "peak_memory": 2e9}} for hours in (1, 9, 2)]
+    benchmarks.write_text(json.dumps([{"hardware": "a GPU", "rows": {"counts": rounds}}]))
+    experiment = COUNTS._replace(log=PublishedLog(train=1, validation=1, minutes=9.48))
+
+    def line(experiment):
+        return tables.times_table([experiment], results, benchmarks).splitlines()[-1]
+
+    assert line(experiment) == "| 8 | Counts | 9.5 min | – |  |  |"
+    experiment = experiment._replace(benchmark="counts")
+    assert line(experiment) == "| 8 | Counts | 9.5 min | 2.0 h, extrapolated | 2.0 GB | a GPU |"
+    write_sized_example(results / "logreg-counts-seed123", 0.9, peak_memory=3_000_000_000)
+    assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"

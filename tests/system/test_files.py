@@ -1,0 +1,81 @@
+import errno
+
+import pytest
+from helpers import assert_same_results, flags
+from processes import end, start
+from tiny_models import TINY_CONFIGS, save_encoder
+
+from finetuning.reporting import records
+from finetuning.system.errors import UserError
+from finetuning.system.files import LOCK_NAME, atomic_write, exclusive_dir
+
+
+def test_failed_atomic_write_keeps_old_files(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a", tmp_path / "b") as (a, b):
+        a.write_text("new")
+        b.write_text("half")
+        raise ZeroDivisionError
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+
+
+def test_atomic_write_replaces_leftover_temporary_file(tmp_path):
+    with atomic_write(tmp_path / "a") as (leftover,):
+        leftover.write_text("old")
+    leftover.write_text("half")
+    with atomic_write(tmp_path / "a") as (temporary,):
+        temporary.write_text("new") if temporary == leftover else pytest.fail("another name")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_atomic_write_names_disk_of_disk_errors(tmp_path, number):
+    with (
+        pytest.raises(UserError, match=rf"cannot write to {tmp_path}: .* \(disk /.*: [\d,]+ MB free of [\d,]+ MB\)"),
+        atomic_write(tmp_path / "a"),
+    ):
+        raise OSError(number, "disk error")
+    with pytest.raises(OSError, match="a bug"), atomic_write(tmp_path / "a"):
+        raise OSError(errno.EBADF, "a bug")
+
+
+def test_exclusive_dir_is_exclusive_and_removed_if_empty(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with exclusive_dir(folder, "--output_dir"):
+        assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
+        with (
+            pytest.raises(UserError, match=f"another run is writing to {folder}; wait for it, or choose another"),
+            exclusive_dir(folder, "--output_dir"),
+        ):
+            pytest.fail("locked twice")
+        assert (folder / LOCK_NAME).exists()
+    assert not (tmp_path / "a").exists()  # it was empty
+    with exclusive_dir(folder, "--output_dir"):
+        (folder / "record").write_text("x")
+    assert [path.name for path in folder.iterdir()] == ["record"]
+
+
+def test_exclusive_dir_ignores_lock_file_of_killed_run(tmp_path):
+    (tmp_path / LOCK_NAME).write_text("")
+    with exclusive_dir(tmp_path, "--output_dir"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_concurrent_runs_need_separate_folders_but_share_the_cache(data_dir, tmp_path):
+    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
+    command = flags(
+        model="model", context_length=24, precision="fp32", device="cpu", num_epochs=10, checkpoint_minutes="1e-9"
+    )
+    runs = [
+        start("train_bert_hf", [*command, "--output_dir", folder], tmp_path / f"log{i}", tmp_path)
+        for i, folder in enumerate(["one", "one", "two"])
+    ]
+    statuses = [end(run) for run in runs]
+    assert sorted(statuses[:2]) == [0, 2]
+    assert statuses[2] == 0
+    error = (tmp_path / f"log{statuses.index(2)}.err").read_text()
+    assert error == ("train_bert_hf.py: another run is writing to one; wait for it, or choose another --output_dir\n")
+    assert_same_results(tmp_path / "one", tmp_path / "two")
+    assert records.read_record(tmp_path / "one")["accuracy"] == records.read_record(tmp_path / "two")["accuracy"]

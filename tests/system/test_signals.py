@@ -1,0 +1,104 @@
+"""Ctrl-C and SIGTERM in real processes."""
+
+import os
+import shlex
+import signal
+import sys
+
+import pytest
+from helpers import assert_same_results
+from processes import end, start, wait_for
+from tiny_models import TINY_CONFIGS, save_encoder
+
+from finetuning.checkpoint import checkpoint_paths, read_checkpoint
+from finetuning.reporting import records
+from finetuning.system.signals import DEFERRED_MESSAGE, Terminated, defer_interrupts, exit_status
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+
+
+@pytest.fixture
+def command(data_dir, tmp_path):
+    """Arguments of a run of 120 steps that saves no checkpoint before its first epoch ends unless interrupted."""
+    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
+    return shlex.split(
+        "--model model --num_epochs 5 --batch_size 2 --eval_freq 5 --eval_iter 1 --learning_rate 1e-3 "
+        "--context_length 24 --precision fp32 --device cpu"
+    )
+
+
+def read_output(path):
+    """Return what a process has printed so far."""
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_prints_the_resume_command_which_gives_the_same_run(command, tmp_path, number, status):
+    command += ["--output_dir", "a run"]
+    process = start("train_bert_hf", command, tmp_path / "first", tmp_path)
+    wait_for(lambda: "Step 000015" in read_output(tmp_path / "first.out"), process)
+    os.kill(process.pid, number)
+    assert end(process) == status
+    *_, deferred, last = (tmp_path / "first.err").read_text().splitlines()
+    assert deferred.encode() + b"\n" == DEFERRED_MESSAGE
+    assert last.startswith("Interrupted; to resume: python train_bert_hf.py --model model ")
+    assert last.endswith(" --output_dir 'a run' --resume")
+    assert {path.name for path in (tmp_path / "a run").iterdir()} <= {"checkpoint.pt", "checkpoint.previous.pt"}
+
+    arguments = shlex.split(last.removeprefix("Interrupted; to resume: python train_bert_hf.py "))
+    assert end(start("train_bert_hf", arguments, tmp_path / "second", tmp_path)) == 0
+    assert end(start("train_bert_hf", [*command[:-1], "expected"], tmp_path / "expected", tmp_path)) == 0
+    assert_same_results(tmp_path / "a run", tmp_path / "expected")
+    # The logs of both parts add up to that of the uninterrupted run.
+    logs = [
+        [line for line in (tmp_path / f"{name}.out").read_text().splitlines() if "minutes" not in line]
+        for name in ("first", "second", "expected")
+    ]
+    assert logs[0] + logs[1] == logs[2]
+
+
+def test_second_interrupt_is_raised_at_once():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts() as pending:
+        signal.raise_signal(signal.SIGINT)
+        assert len(pending) == 1
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second interrupt was deferred")
+    with pytest.raises(Terminated), defer_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_deferred_interrupt_is_raised_at_the_end_of_the_block():
+    reached = []
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), defer_interrupts():
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("end")
+    assert reached == ["end"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with defer_interrupts() as pending:
+        pass
+    assert pending == []
+
+
+def test_deferred_interrupt_does_not_replace_an_error():
+    with pytest.raises(ZeroDivisionError), defer_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        raise ZeroDivisionError
+
+
+def test_exit_status_is_128_plus_the_signal():
+    assert (exit_status(KeyboardInterrupt()), exit_status(Terminated())) == (130, 143)
+
+
+def test_interrupt_in_the_final_evaluation_prints_the_resume_command(command, tmp_path):
+    """The last checkpoint holds the trained model."""
+    test = (tmp_path / "test.csv").read_text()
+    (tmp_path / "test.csv").write_text(test + test.partition("\n")[2] * 2000)  # a longer evaluation
+    process = start("train_bert_hf", [*command, "--max_steps", "3", "--output_dir", "run"], tmp_path / "log", tmp_path)
+    wait_for(lambda: "full datasets" in read_output(tmp_path / "log.out"), process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert end(process) == 143
+    assert "Interrupted; to resume: python train_bert_hf.py" in (tmp_path / "log.err").read_text().splitlines()[-1]
+    assert not (tmp_path / "run" / records.RECORD).exists()
+    assert read_checkpoint(checkpoint_paths(tmp_path / "run")[0])["train_state"]["step"] == 3

@@ -1,0 +1,346 @@
+import copy
+import math
+import re
+
+import pytest
+import torch
+from helpers import make_reviews
+from tiny_models import (
+    CPU,
+    MAX_LENGTH,
+    TINY_CONFIGS,
+    FirstTokenModel,
+    encode_words,
+    encoder_dataset,
+    gpt_dataset,
+    limited_memory_classifier,
+    make_book_gpt,
+    make_gpt_classifier,
+    tiny_tokenizer,
+    train_with_adamw,
+)
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import train_bert_hf
+import train_gpt
+from benchmarks import reference
+from finetuning.data.batching import IMDbDataset
+from finetuning.data.tokenization import concatenate
+from finetuning.optimizers import build_optimizers
+from finetuning.performance.inference import EVAL_TOKENS_PER_BATCH, Classifier, predict_logits
+from finetuning.system.errors import UserError
+from finetuning.trainable_layers import set_trainable
+from finetuning.training import (
+    TrainConfig,
+    accuracy,
+    batch_loss,
+    forward_backward,
+    has_unused_parameters,
+    mean_loss,
+    train_classifier,
+)
+
+
+@pytest.mark.parametrize("mode", ["all", "last_block", "last_layer"])
+@pytest.mark.parametrize(
+    ("position", "pooling"),
+    [
+        ("last", train_gpt.POOLING["last", False]),
+        ("first", train_gpt.POOLING["first", False]),
+        ("average", train_gpt.POOLING["last", True]),
+    ],
+)
+def test_gpt_losses_equal_those_of_the_reference_loop(mode, position, pooling):
+    """Within 1e-5 at each step of two epochs, which drop the last, partial batch."""
+    frame = make_reviews(52)
+    model, layers = make_gpt_classifier()
+    set_trainable(model, mode, layers)
+    reference_model, reference_layers = make_book_gpt()
+    set_trainable(reference_model, mode, reference_layers)
+    reference.use_eager_ops(reference_model)
+    expected, _ = reference.train(
+        reference_model,
+        reference.gpt_logits(position),
+        reference.ReferenceDataset(frame, encode_words, MAX_LENGTH, pad_token_id=0),
+        num_epochs=2,
+        learning_rate=1e-3,
+    )
+    state = train_with_adamw(model, pooling, gpt_dataset(frame), eval_freq=3, eval_iter=1)
+    assert len(expected) == 12
+    assert [loss.item() for loss in state.losses] == pytest.approx(expected, abs=1e-5)
+    assert expected[0] != expected[-1]
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_encoder_losses_equal_those_of_the_reference_loop(name):
+    """Padding to each batch's longest review changes nothing; dropout is off, as padding would change its draws."""
+    config = copy.deepcopy(TINY_CONFIGS[name])
+    for key in (
+        "dropout",
+        "attention_dropout",
+        "seq_classif_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "embedding_dropout",
+        "mlp_dropout",
+        "classifier_dropout",
+    ):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    torch.manual_seed(123)
+    model = AutoModelForSequenceClassification.from_config(config)
+    reference_model = copy.deepcopy(model)
+    frame, tokenizer = make_reviews(40), tiny_tokenizer(config.pad_token_id)
+    encode = train_bert_hf.make_tokenizer(tokenizer).encode
+    expected, _ = reference.train(
+        reference_model,
+        reference.encoder_logits,
+        reference.ReferenceDataset(frame, encode, MAX_LENGTH, tokenizer.pad_token_id),
+        num_epochs=2,
+        learning_rate=1e-3,
+    )
+    dataset = IMDbDataset(
+        concatenate(encode(frame["text"].tolist(), MAX_LENGTH), frame["label"]),
+        tokenizer.pad_token_id,
+        use_attention_mask=True,
+    )
+    state = train_with_adamw(model, train_bert_hf.class_logits, dataset)
+    assert [loss.item() for loss in state.losses] == pytest.approx(expected, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_eval_freq():
+    """Dropout is on, so that a random number drawn by an evaluation would change the losses."""
+    frame = make_reviews(40)
+    dataset = encoder_dataset(frame)
+    losses = []
+    for eval_freq in (1, 100):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["bert"])
+        state = train_with_adamw(model, train_bert_hf.class_logits, dataset, eval_freq=eval_freq)
+        losses.append([loss.item() for loss in state.losses])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 3, 1])
+def test_micro_batches_give_the_losses_of_the_whole_batch(micro_batch_size):
+    """Batches of 8 without dropout, as 4 + 4, 3 + 3 + 2 or one review at a time."""
+    frame, states = make_reviews(40), []
+    for size in (None, micro_batch_size):
+        model, _layers = make_gpt_classifier()
+        states.append(
+            train_with_adamw(
+                model, train_gpt.masked_mean_logits, gpt_dataset(frame), micro_batch_size=size, eval_freq=1
+            )
+        )
+    whole, micro_batches = ([loss.item() for loss in state.losses] for state in states)
+    assert micro_batches == pytest.approx(whole, abs=1e-6)
+    assert len(set(whole)) == 10
+    for row, expected in zip(states[1].eval_history, states[0].eval_history, strict=True):
+        assert row == pytest.approx(expected, abs=1e-6)
+
+
+def test_gradients_of_uneven_micro_batches_equal_those_of_the_whole_batch():
+    model, _ = make_gpt_classifier()
+    dataset, classifier = gpt_dataset(make_reviews(7)), Classifier(model, train_gpt.last_token_logits, CPU)
+    batch_loss(dataset.collate(range(7)), classifier).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sizes = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    forward_backward(dataset, torch.arange(7), classifier, micro_batch_size=3)
+    assert sizes == [3, 3, 1]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predict_logits_restores_training_mode_and_keeps_rng_state(training):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["distilbert"]).train(training)
+    frame = make_reviews(20)
+    dataset = encoder_dataset(frame)
+    classifier = Classifier(model, train_bert_hf.class_logits, CPU)
+    state = torch.get_rng_state()
+    first, second = predict_logits(dataset, classifier), predict_logits(dataset, classifier)
+    assert torch.equal(first, second)  # dropout was off
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training is training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def first_token_classifier():
+    return Classifier(FirstTokenModel(), lambda model, batch: model(batch.input_ids), CPU)
+
+
+def test_loss_and_accuracy_equal_values_computed_by_hand():
+    dataset = IMDbDataset(concatenate([[9], [4, 1], [5 + 1, 1, 1], [2]], [1, 0, 0, 1]), pad_token_id=0)
+    classifier = first_token_classifier()
+    assert predict_logits(dataset, classifier).tolist() == [[5, 9], [5, 4], [5, 6], [5, 2]]  # in the dataset's order
+    assert accuracy(predict_logits(dataset, classifier), dataset.labels) == 0.5
+    # -log of the softmax at the label: the other logit exceeds it by -4, -1, 1 and 3.
+    expected = sum(math.log1p(math.exp(excess)) for excess in (-4, -1, 1, 3)) / 4
+    assert mean_loss(dataset, classifier) == pytest.approx(expected)
+    assert batch_loss(dataset.collate([0, 1, 2, 3]), classifier).item() == pytest.approx(expected)
+    assert mean_loss(dataset.head(1), classifier) == pytest.approx(math.log1p(math.exp(-4)), rel=1e-5)
+
+
+def test_predict_logits_does_not_depend_on_the_batches(monkeypatch):
+    dataset = IMDbDataset(concatenate([[i % 7] * (i % 5 + 1) for i in range(103)], [0] * 103), pad_token_id=0)
+    whole = predict_logits(dataset, first_token_classifier())
+    monkeypatch.setitem(EVAL_TOKENS_PER_BATCH, "cpu", 11)
+    assert torch.equal(predict_logits(dataset, first_token_classifier()), whole)
+    assert whole[:, 1].tolist() == [i % 7 for i in range(103)]
+
+
+@pytest.mark.parametrize(("max_steps", "steps", "epochs"), [(1, 1, 1), (5, 5, 1), (6, 6, 1), (9, 9, 2), (99, 12, 2)])
+def test_training_stops_after_exactly_max_steps(max_steps, steps, epochs):
+    model, _layers = make_gpt_classifier()
+    classifier = Classifier(model, train_gpt.last_token_logits, CPU)
+    (optimizer,) = build_optimizers("adamw", model, 1e-3)
+    calls = []
+    step = optimizer.step
+    optimizer.step = lambda: (calls.append(1), step())
+    dataset = gpt_dataset(make_reviews(50))
+    config = TrainConfig(num_epochs=2, batch_size=8, max_steps=max_steps)
+    state = train_classifier(classifier, [optimizer], dataset, dataset, config)
+    assert (len(calls), state.step, len(state.losses), len(state.epoch_metrics)) == (steps, steps, steps, epochs)
+
+
+def test_training_log_has_the_published_format(capsys):
+    model, _layers = make_gpt_classifier()
+    train_with_adamw(model, train_gpt.last_token_logits, gpt_dataset(make_reviews(50)), eval_freq=5)
+    lines = capsys.readouterr().out.splitlines()
+    patterns = [r"Ep 1 \(Step 000000\)", r"Ep 1 \(Step 000005\)", "accuracy", r"Ep 2 \(Step 000010\)", "accuracy"]
+    assert len(lines) == len(patterns)
+    for line, pattern in zip(lines, patterns, strict=True):
+        expected = (
+            r"Training accuracy: \d+\.\d\d% \| Validation accuracy: \d+\.\d\d%"
+            if pattern == "accuracy"
+            else pattern + r": Train loss \d+\.\d{3}, Val loss \d+\.\d{3}"
+        )
+        assert re.fullmatch(expected, line), line
+
+
+@pytest.mark.parametrize(("nan_step", "named_step"), [(0, 0), (3, 3), (7, 7), (9, 9)])
+def test_nan_loss_is_reported_at_the_next_log_line(nan_step, named_step, capsys):
+    model, _layers = make_gpt_classifier()
+    calls = []
+
+    def pooling(model, batch):
+        if model.training:
+            calls.append(1)
+        return train_gpt.last_token_logits(model, batch) * (float("nan") if len(calls) == nan_step + 1 else 1)
+
+    with pytest.raises(
+        UserError,
+        match=f"the training loss is nan at step {named_step}; "
+        + (
+            "use --precision fp32 or another model: no weight has changed yet$"
+            if named_step == 0
+            else "lower --learning_rate"
+        ),
+    ):
+        train_with_adamw(model, pooling, gpt_dataset(make_reviews(40)), eval_freq=3)
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_log_line_evaluates_eval_iter_batches_of_each_set():
+    model, _layers = make_gpt_classifier()
+    dataset, validation = gpt_dataset(make_reviews(50)), gpt_dataset(make_reviews(40, seed=1))
+    state = train_with_adamw(model, train_gpt.last_token_logits, dataset, validation, eval_iter=2, num_epochs=1)
+    classifier = Classifier(model, train_gpt.last_token_logits, CPU)
+    assert state.epoch_metrics[0]["train_accuracy"] == accuracy(
+        predict_logits(dataset.head(16), classifier), dataset.head(16).labels
+    )
+    assert state.epoch_metrics[0]["validation_accuracy"] == accuracy(
+        predict_logits(validation.head(16), classifier), validation.head(16).labels
+    )
+
+
+def test_training_only_the_last_layer_of_distilbert_lowers_the_loss_and_changes_only_its_head():
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["distilbert"])
+    layers = train_bert_hf.MODELS["distilbert"].finetune_layers(model)
+    set_trainable(model, "last_layer", layers)
+    before = copy.deepcopy(model.state_dict())
+    frame = make_reviews(80)
+    frame["label"] = 1  # even a head on random features can predict a constant
+    dataset = encoder_dataset(frame)
+    state = train_with_adamw(model, train_bert_hf.class_logits, dataset, num_epochs=10)
+    assert state.eval_history[-1]["train_loss"] < 0.9 * state.eval_history[0]["train_loss"]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_training_lowers_the_loss():
+    model, _layers = make_gpt_classifier()
+    state = train_with_adamw(model, train_gpt.masked_mean_logits, gpt_dataset(make_reviews(200)), num_epochs=8)
+    assert state.eval_history[-1]["train_loss"] < 0.9 * state.eval_history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("MPS backend out of memory"), MemoryError()])
+def test_predict_logits_halves_batches_until_they_fit(error, monkeypatch, capsys):
+    """32 reviews of 1 to 4 tokens, memory for 20 tokens: batches of 64 and 32 tokens fail, those of 16 fit."""
+    monkeypatch.setitem(EVAL_TOKENS_PER_BATCH, "cpu", 64)
+    dataset = IMDbDataset(concatenate([[i] * (i % 4 + 1) for i in range(32)], [0] * 32), pad_token_id=0)
+    classifier = limited_memory_classifier(20, error)
+    assert predict_logits(dataset, classifier)[:, 1].tolist() == list(range(32))  # in order and complete
+    failed, succeeded = [], []
+    for tokens, reviews_of_batch in classifier.model.batches:
+        (succeeded if tokens <= 20 else failed).append((tokens, reviews_of_batch))
+    assert [tokens for tokens, _ in failed] == [64, 32]
+    assert sorted(review for _, batch in succeeded for review in batch) == list(range(32))  # none computed twice
+    assert capsys.readouterr().err.splitlines() == [
+        "Out of memory with 16 reviews per batch; evaluating 32 tokens at a time",
+        "Out of memory with 8 reviews per batch; evaluating 16 tokens at a time",
+    ]
+    classifier.model.batches.clear()
+    predict_logits(dataset, classifier)  # the next evaluation starts with that size
+    assert max(tokens for tokens, _ in classifier.model.batches) == 16
+    assert capsys.readouterr().err == ""
+
+
+def test_predict_logits_keeps_results_when_memory_runs_out_later(monkeypatch):
+    monkeypatch.setitem(EVAL_TOKENS_PER_BATCH, "cpu", 8)
+    dataset = IMDbDataset(concatenate([[i] for i in range(20)], [0] * 20), pad_token_id=0)
+    classifier = limited_memory_classifier(8)
+
+    def shrink(model, inputs):
+        if len(model.batches) == 1:
+            model.capacity = 4
+
+    classifier.model.register_forward_pre_hook(shrink)
+    assert predict_logits(dataset, classifier)[:, 1].tolist() == list(range(20))
+    assert [len(batch) for _, batch in classifier.model.batches] == [8, 8, 4, 4, 4]
+
+
+def test_predict_logits_raises_user_error_if_a_single_review_does_not_fit():
+    dataset = IMDbDataset(concatenate([[1] * 7, [2] * 9], [0, 0]), pad_token_id=0)
+    classifier = limited_memory_classifier(8)
+    with pytest.raises(UserError, match="out of memory for a single review of 9 tokens on cpu"):
+        predict_logits(dataset, classifier)
+    assert [tokens for tokens, _ in classifier.model.batches] == [18, 9]
+
+
+def test_predict_logits_does_not_retry_other_errors():
+    dataset = IMDbDataset(concatenate([[1] * 7, [2] * 9], [0, 0]), pad_token_id=0)
+    classifier = limited_memory_classifier(8, RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="assert"):
+        predict_logits(dataset, classifier)
+    assert len(classifier.model.batches) == 1
+
+
+def test_has_unused_parameters_leaves_no_side_effects():
+    model, _ = make_gpt_classifier()
+    dataset = gpt_dataset(make_reviews(4))
+    classifier = Classifier(model.train(), train_gpt.last_token_logits, CPU)
+    state = torch.get_rng_state()
+    assert not has_unused_parameters(classifier, dataset.collate([0]))
+    model.unused = nn.Parameter(torch.ones(2))
+    assert has_unused_parameters(classifier, dataset.collate([0]))
+    model.unused.requires_grad_(False)
+    assert not has_unused_parameters(classifier, dataset.collate([0]))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
