@@ -2,9 +2,9 @@
 
     python train_bert_hf.py --trainable_layers all --num_epochs 1 --model bert
 
-reproduces row 2 of the README, "340M BERT", published with 90.89% test accuracy: AdamW, learning rate
-5e-6, 256 tokens, padding masked. The other names in MODELS reproduce rows 3 to 7 in the same way
-(`roberta` with `--trainable_layers last_block`).
+runs experiment 2 of the README, "340M BERT", published with 90.89% test accuracy: AdamW, learning rate
+5e-6, 256 tokens, padding masked. Experiments 3 to 7 are the other published names in MODELS, run in the
+same way (`roberta` with `--trainable_layers last_block`).
 
 Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,
 https://github.com/rasbt/LLMs-from-scratch

@@ -2,7 +2,7 @@
 
     python train_gpt.py --trainable_layers all --num_epochs 1
 
-reproduces row 1 of the README, "124M GPT-2 Baseline", published with 91.88% test accuracy: AdamW,
+runs experiment 1 of the README, "124M GPT-2 Baseline", published with 91.88% test accuracy: AdamW,
 learning rate 5e-5, 256 tokens, logits of the last token.
 
 Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bonus material to chapter 6,

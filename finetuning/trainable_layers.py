@@ -38,10 +38,8 @@ def set_trainable(model: nn.Module, trainable_layers: str, layers: FinetuneLayer
             )
         trainable += [layers.last_block, *layers.pooler_and_norm]
     model.requires_grad_(False)
-    layers.head.requires_grad_(True)
-    if trainable_layers == "last_block" and layers.last_block is not None:
-        for module in (layers.last_block, *layers.pooler_and_norm):
-            module.requires_grad_(True)
+    for module in trainable:
+        module.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

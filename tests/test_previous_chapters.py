@@ -2,21 +2,12 @@ import copy
 
 import pytest
 import torch
+from tiny_gpt import GPT_CONFIG
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_download import read_params
 from previous_chapters import GPTModel, generate_text_simple, load_weights_into_gpt
-
-CONFIG = {
-    "vocab_size": 50,
-    "context_length": 16,
-    "emb_dim": 8,
-    "n_heads": 2,
-    "n_layers": 3,
-    "drop_rate": 0.0,
-    "qkv_bias": True,
-}
 
 
 @pytest.fixture
@@ -32,7 +23,7 @@ def published(tmp_path):
 
 def test_gpt_model_logits_equal_those_of_transformers(published):
     gpt2, params = published
-    model = GPTModel(CONFIG).eval()
+    model = GPTModel(GPT_CONFIG).eval()
     load_weights_into_gpt(model, params)
     ids = torch.randint(50, (4, 16))
     with torch.no_grad():
@@ -41,7 +32,7 @@ def test_gpt_model_logits_equal_those_of_transformers(published):
 
 def test_load_weights_into_gpt_refuses_arrays_that_do_not_fit_and_copies_nothing(published):
     _, params = published
-    model = GPTModel(CONFIG)
+    model = GPTModel(GPT_CONFIG)
     before = copy.deepcopy(model.state_dict())
     broken = copy.deepcopy(params)
     del broken["blocks"][1]["attn"]["c_attn"]["b"]
@@ -61,7 +52,7 @@ def test_load_weights_into_gpt_refuses_arrays_that_do_not_fit_and_copies_nothing
 
 def test_gpt_model_creates_parameters_in_the_books_order():
     torch.manual_seed(123)
-    model = GPTModel({**CONFIG, "qkv_bias": False})
+    model = GPTModel({**GPT_CONFIG, "qkv_bias": False})
     torch.manual_seed(123)
     assert torch.equal(model.tok_emb.weight, nn.Embedding(50, 8).weight)
     assert torch.equal(model.pos_emb.weight, nn.Embedding(16, 8).weight)
@@ -77,7 +68,7 @@ def test_gpt_model_creates_parameters_in_the_books_order():
 
 
 def test_gpt_model_loads_a_state_dict_with_the_books_causal_masks():
-    model = GPTModel(CONFIG)
+    model = GPTModel(GPT_CONFIG)
     state = model.state_dict()
     assert "trf_blocks.0.att.W_query.weight" in state
     for i in range(3):
@@ -86,7 +77,7 @@ def test_gpt_model_loads_a_state_dict_with_the_books_causal_masks():
 
 
 def test_gpt_model_does_not_attend_to_later_tokens():
-    model = GPTModel(CONFIG).eval()
+    model = GPTModel(GPT_CONFIG).eval()
     ids = torch.randint(50, (1, 10))
     changed = ids.clone()
     changed[0, 7] = (ids[0, 7] + 1) % 50
@@ -97,7 +88,7 @@ def test_gpt_model_does_not_attend_to_later_tokens():
 
 
 def test_gpt_model_applies_dropout_in_training_mode_only():
-    model = GPTModel({**CONFIG, "drop_rate": 0.5})
+    model = GPTModel({**GPT_CONFIG, "drop_rate": 0.5})
     ids = torch.randint(50, (1, 10))
     assert not torch.equal(model(ids), model(ids))
     model.eval()
@@ -117,4 +108,4 @@ def test_generate_text_simple_is_greedy_and_limits_the_context():
 
 def test_gpt_model_refuses_an_emb_dim_that_n_heads_does_not_divide():
     with pytest.raises(ValueError, match="divisible"):
-        GPTModel({**CONFIG, "n_heads": 3})
+        GPTModel({**GPT_CONFIG, "n_heads": 3})

@@ -9,6 +9,16 @@ from pathlib import Path
 import tiktoken
 
 SIZE, CONFIG, CONTEXT_LENGTH = "gpt2-tiny (0M)", {"emb_dim": 8, "n_layers": 2, "n_heads": 2}, 64
+# A complete configuration, for tests of the model alone.
+GPT_CONFIG = {
+    "vocab_size": 50,
+    "context_length": 16,
+    "emb_dim": 8,
+    "n_heads": 2,
+    "n_layers": 3,
+    "drop_rate": 0.0,
+    "qkv_bias": True,
+}
 
 
 def byte_encoding():

@@ -12,7 +12,7 @@ from finetuning.system.errors import UserError
 def compare_runs(folder_a: Path, folder_b: Path) -> tuple[str, pd.DataFrame]:
     """Return a summary in three lines, and the test reviews that only one of two runs classified correctly.
 
-    The data frame has the columns label, probability_a and probability_b. Raise UserError if the test sets differ.
+    The data frame has the columns label, probability_a and probability_b. Raises UserError if the test sets differ.
     """
     record_a, record_b = read_record(folder_a), read_record(folder_b)
     if record_a["data"]["test.csv"] != record_b["data"]["test.csv"]:

@@ -37,7 +37,7 @@ DASH = "–"
 def recorded(experiment: Experiment, results: Path) -> dict[str, dict]:
     """Return {path of the record: record} of an experiment, one for each seed.
 
-    Raise UserError if a record is damaged or of other data.
+    Raises UserError if a record is damaged or of other data.
     """
     records, parent = {}, results / experiment.data_dir
     folders = sorted(parent.glob(f"{experiment.name}-seed*")) or sorted(parent.glob(f"{experiment.former_name}-seed*"))

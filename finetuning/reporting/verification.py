@@ -27,7 +27,7 @@ class Check(NamedTuple):
 def verify_record(folder: str | Path, repository: Path) -> list[Check]:
     """Check a run's record against its predictions, its test set, and the repository's code and requirements.
 
-    Raise UserError if a file is missing or damaged.
+    Raises UserError if a file is missing or damaged.
     """
     # read_predictions would raise at the first difference from the record.
     record, predictions = read_record(folder), read_predictions_csv(Path(folder) / PREDICTIONS)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 DEFERRED_MESSAGE = (
     b"Finishing this step, then saving a checkpoint. Press Ctrl-C again to stop now "
-    b"and lose state since the last one.\n"
+    b"and lose progress since the last one.\n"
 )
 
 

@@ -1,24 +1,15 @@
 import pytest
 import torch
+from tiny_gpt import GPT_CONFIG
 
 from finetuning.performance.gpt_classifier import GPTClassifier
 from previous_chapters import GPTModel
-
-CONFIG = {
-    "vocab_size": 50,
-    "context_length": 16,
-    "emb_dim": 8,
-    "n_heads": 2,
-    "n_layers": 3,
-    "drop_rate": 0.0,
-    "qkv_bias": True,
-}
 
 
 @pytest.fixture
 def gpt():
     torch.manual_seed(0)
-    return GPTModel(CONFIG)
+    return GPTModel(GPT_CONFIG)
 
 
 def gradients(model, logits):
@@ -37,7 +28,7 @@ def test_gpt_classifier_shares_parameters_and_state_dict_with_the_book_model(gpt
     classifier = GPTClassifier(gpt)
     assert [*classifier.state_dict()] == [*gpt.state_dict()]
     assert all(a is b for a, b in zip(classifier.parameters(), gpt.parameters(), strict=True))
-    GPTModel(CONFIG).load_state_dict(classifier.state_dict())
+    GPTModel(GPT_CONFIG).load_state_dict(classifier.state_dict())
 
 
 def test_forward_equals_the_book_model(gpt):
@@ -70,7 +61,7 @@ def test_forward_of_cached_hidden_states_equals_the_book_model(gpt):
 
 
 def test_forward_applies_dropout_in_training_mode_only():
-    classifier = GPTClassifier(GPTModel({**CONFIG, "drop_rate": 0.5}))
+    classifier = GPTClassifier(GPTModel({**GPT_CONFIG, "drop_rate": 0.5}))
     ids = torch.randint(50, (1, 10))
     assert not torch.equal(classifier(ids), classifier(ids))
     classifier.eval()
