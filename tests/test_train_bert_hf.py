@@ -53,6 +53,18 @@ def test_saved_model_of_the_table_names_its_hub_id_as_base_model(data_dir, tmp_p
     assert settings["base_model"] == "google-bert/bert-base-uncased"
 
 
+@pytest.mark.parametrize(("model", "mask", "expected"), [("bert", "true", True), ("bert", "false", False),
+                                                          ("electra", "true", False)])  # fmt: skip
+def test_only_models_of_the_table_that_mask_padding_skip_it(model, mask, expected, data_dir, tmp_path, hub_snapshot):
+    """A model outside the table may pool padding positions."""
+    save_encoder(hub_snapshot(train_bert_hf.MODELS["bert"].hub_id), TINY_CONFIGS["bert"])
+    save_encoder(tmp_path / "electra", transformers.ElectraConfig(**TINY_SIZES | {"embedding_size": 16}))
+    name = model if model in train_bert_hf.MODELS else tmp_path / model
+    arguments = ["--model", name, "--data_dir", data_dir, "--use_attention_mask", mask, *QUICK]
+    task, *_ = load_task(train_bert_hf, *arguments)
+    assert task.skip_padding == expected
+
+
 @pytest.mark.parametrize("mode", ["all", "last_block", "last_layer"])
 def test_main_finetunes_a_local_folder_of_another_architecture(mode, data_dir, tmp_path):
     save_encoder(tmp_path / "electra", transformers.ElectraConfig(**TINY_SIZES | {"embedding_size": 16}))

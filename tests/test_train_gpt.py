@@ -5,7 +5,7 @@ import re
 import pytest
 import tiktoken
 import torch
-from helpers import FINAL_LOG_PATTERNS, load_task, make_reviews
+from helpers import FINAL_LOG_PATTERNS, load_task, make_reviews, tiny_gpt_flags
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_gpt
@@ -38,6 +38,23 @@ def test_main_prints_the_published_lines_and_writes_a_record(tiny_gpt, data_dir,
     assert record["precision"] == {"dtype": "fp32", "reason": "as requested"}
     assert record["command"].startswith("python ")
     assert set(record["data"]) == {"train.csv", "validation.csv", "test.csv"}
+
+
+def test_order_of_reviews_depends_on_the_seed_alone(tiny_gpt, data_dir, tmp_path, monkeypatch):
+    """Random numbers drawn while the model is built do not change the batches."""
+    replace_head, losses = train_gpt.replace_head, []
+    for num_draws in (0, 7):
+
+        def replace_head_and_draw(model, seed, num_draws=num_draws):
+            layers = replace_head(model, seed)
+            torch.rand(num_draws)
+            return layers
+
+        monkeypatch.setattr(train_gpt, "replace_head", replace_head_and_draw)
+        train_gpt.main([*tiny_gpt_flags(tiny_gpt, data_dir, tmp_path / str(num_draws)), "--precision", "fp32"])
+        losses.append(records.read_record(tmp_path / str(num_draws))["losses"])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 6
 
 
 def test_main_loads_pretrained_weights_by_hub_id(tiny_gpt, data_dir, tmp_path, hub_snapshot, monkeypatch):

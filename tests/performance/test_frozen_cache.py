@@ -180,6 +180,21 @@ def test_nothing_is_cached_if_all_layers_are_trained(monkeypatch):
     assert all(each is dataset for each in datasets)
 
 
+@pytest.mark.parametrize("trainable_layers", ["last_layer", "last_block"])
+def test_nothing_is_cached_below_dropout(trainable_layers, monkeypatch):
+    monkeypatch.setattr(frozen_cache, "available_memory", lambda: 10**9)
+    model, layers = make_gpt_classifier()
+    dataset, classifier = gpt_dataset(make_reviews(10)), Classifier(model, train_gpt.last_token_logits, CPU)
+    settings = Namespace(trainable_layers=trainable_layers, num_epochs=2, eval_iter=1, batch_size=4)
+    model.drop_emb.p = 0.1
+    same_classifier, datasets = cache_three(settings, classifier, layers.head, dataset)
+    assert same_classifier is classifier
+    assert all(each is dataset for each in datasets)
+    model.drop_emb.p = 0.0
+    _, datasets = cache_three(settings, classifier, layers.head, dataset)
+    assert not any(each is dataset for each in datasets)
+
+
 def test_train_gpt_extracts_features_for_last_layer_only(tiny_gpt, data_dir, tmp_path, monkeypatch, capsys):
     calls = []
     for mode in ("last_layer", "last_block"):

@@ -119,3 +119,5 @@ def test_log_section_shows_the_published_log_before_the_recorded_one(tmp_path):
     recorded = "Measured here on a CPU ([record](results/logreg-counts-seed1/record.json)):"
     assert both.startswith(f"{published}\n{recorded}\n```\n")
     assert both.endswith("Test Accuracy: 90.00%\n```")
+    write_sized_example(tmp_path / "results" / "logreg-counts-seed2", 0.8)
+    assert log_sections.log_section(experiment, tmp_path / "results") == both  # of several seeds, the first
