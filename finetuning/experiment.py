@@ -157,9 +157,9 @@ def finetune(run: RunContext, task: Task, train: IMDbDataset, validation: IMDbDa
     trained, splits, state = train_model(run, task, classifier, splits)
     print(end_of_training(state.seconds), flush=True)
 
-    started = time.perf_counter()
     # The whole model classifies the test set, as predict.py does.
     classifiers = {"train": trained, "validation": trained, "test": classifier}
+    started = time.perf_counter()
     logits = {split: predict_logits(reviews, classifiers[split]) for split, reviews in splits.items()}
     devices.synchronize(classifier.device)
     seconds = {"training": state.seconds, "evaluation": time.perf_counter() - started}
@@ -173,10 +173,8 @@ def finetune(run: RunContext, task: Task, train: IMDbDataset, validation: IMDbDa
     record = {
         **run.metadata,
         **model_info,
+        **state.history(),
         "name": run.name,
-        "losses": [round(float(loss), 6) for loss in state.losses],
-        "eval_history": rounded(state.eval_history),
-        "epoch_metrics": rounded(state.epoch_metrics),
         "accuracy": accuracies,
         "reviews": counts,
         "seconds": seconds,
@@ -247,8 +245,3 @@ def train_model(
         callbacks = main_callbacks if distributed.is_main_process() else other_callbacks
         state = train_classifier(classifier, optimizers, train, validation, config, state, callbacks)
     return classifier, splits | {"train": train, "validation": validation}, state
-
-
-def rounded(history: list[dict]) -> list[dict]:
-    """Round the values of a history to six digits."""
-    return [{key: round(value, 6) for key, value in row.items()} for row in history]

@@ -46,6 +46,19 @@ class TrainState:
     epoch_metrics: list = field(default_factory=list)  # {"step", "train_accuracy", "validation_accuracy"}
     seconds: float = 0.0  # wall-clock time
 
+    def history(self) -> dict[str, list]:
+        """Return losses and metrics, rounded to six digits, under the record's keys."""
+        return {
+            "losses": [round(float(loss), 6) for loss in self.losses],
+            "eval_history": [rounded(row) for row in self.eval_history],
+            "epoch_metrics": [rounded(row) for row in self.epoch_metrics],
+        }
+
+
+def rounded(metrics: dict[str, float]) -> dict[str, float]:
+    """Round metrics to six digits."""
+    return {key: round(value, 6) for key, value in metrics.items()}
+
 
 def train_classifier(
     classifier: Classifier,
