@@ -5,7 +5,8 @@ import shlex
 import pytest
 import torch
 from helpers import Killed, kill_after_step, make_reviews
-from pretend_device import DeviceMismatch, pretend_device
+from pretend_device import pretend_device
+from pretend_tensor import DeviceMismatch
 from tiny_models import TINY_CONFIGS, limited_memory_classifier, save_encoder
 
 import predict
