@@ -16,11 +16,14 @@ import pytest  # noqa: E402
 import tiktoken  # noqa: E402
 import tiny_gpt as tiny  # noqa: E402
 import transformers  # noqa: E402
-from helpers import HUB_CACHE, write_splits  # noqa: E402
+from helpers import ARCHIVE_FOLDERS, HUB_CACHE, Killed, flags, kill_after_step, write_splits  # noqa: E402
 from saved_runs import train_and_save  # noqa: E402
+from tiny_models import TINY_CONFIGS, save_encoder  # noqa: E402
 
+import download_prepare_dataset as dataset  # noqa: E402
+import train_bert_hf  # noqa: E402
 import train_gpt  # noqa: E402
-from finetuning import cli  # noqa: E402
+from finetuning import checkpoint, cli  # noqa: E402
 
 transformers.logging.disable_progress_bar()
 
@@ -43,6 +46,19 @@ def data_dir(tmp_path):
     """Return a folder with the three CSV files."""
     write_splits(tmp_path)
     return tmp_path
+
+
+def small_partition(reviews):
+    shuffled = dataset.shuffle(reviews)
+    return [shuffled[:6], shuffled[6:9], shuffled[9:]]
+
+
+@pytest.fixture
+def small_dataset(monkeypatch):
+    """Return three reviews per folder, {path: content}, and split them into 6, 3 and 3."""
+    monkeypatch.setattr(dataset, "REVIEWS_PER_FOLDER", 3)
+    monkeypatch.setitem(dataset.PARTITIONS, "random", small_partition)
+    return {f"{folder}/{i}_7.txt": f"{folder} {i}".encode() for folder in ARCHIVE_FOLDERS for i in range(3)}
 
 
 @pytest.fixture
@@ -90,6 +106,33 @@ def saved_run(tiny_gpt, data_dir):
 def counts_run(saved_run):
     """Return the folder of a run that saved a logistic regression on word counts."""
     return saved_run("counts")
+
+
+@pytest.fixture
+def resumable_command(data_dir, tmp_path):
+    """Return the arguments of a small run with dropout that saves a checkpoint after every step."""
+    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
+    return flags(
+        model=tmp_path / "model",
+        data_dir=data_dir,
+        num_epochs=2,
+        eval_freq=2,
+        learning_rate=1e-3,
+        context_length=24,
+        precision="fp32",
+        checkpoint_minutes="1e-9",
+    )
+
+
+@pytest.fixture
+def interrupted(resumable_command, tmp_path, monkeypatch):
+    """Interrupt a run after step 3; return its two checkpoints and the arguments that resume it."""
+    resumable_command += ["--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        kill_after_step(patch, 3)
+        with pytest.raises(Killed):
+            train_bert_hf.main(resumable_command)
+    return *checkpoint.checkpoint_paths(tmp_path / "run"), [*resumable_command, "--resume"]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from unittest import mock
 import pandas as pd
 import torch
 
+import download_prepare_dataset as dataset
 from finetuning.checkpoint import Checkpointer
 from finetuning.data.reviews import SPLITS
 from finetuning.reporting.records import PREDICTIONS, read_record, write_record
@@ -185,3 +186,18 @@ def make_archive(path, reviews, extra=(), root="aclImdb/"):
         for name in names:
             add_member(archive, f"{root}{name}", reviews[name])
     return path
+
+
+def refused(tmp_path, failing, archive):
+    """Run on a bad archive next to old CSV files; check that they are unchanged; return the message."""
+    folder = tmp_path / "data"
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.csv").write_text("old")
+    message = failing(dataset.main, "--archive", archive, "--data_dir", folder)
+    assert {file.name: file.read_text() for file in folder.iterdir() if file.name != ".lock"} == {
+        "train.csv": "old",
+        "validation.csv": "old",
+        "test.csv": "old",
+    }
+    return message

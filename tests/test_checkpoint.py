@@ -4,45 +4,28 @@ import shutil
 
 import pytest
 import torch
-from helpers import Killed, assert_same_results, flags, kill_after_step
+from helpers import Killed, assert_same_results, kill_after_step
 from tiny_models import TINY_CONFIGS, save_encoder
 
 import train_bert_hf
 from finetuning import checkpoint
-from finetuning.performance import device
 from finetuning.reporting import records
 from finetuning.reporting.plots import CURVES
 from finetuning.system.errors import UserError
 
 
-@pytest.fixture
-def command(data_dir, tmp_path):
-    """Return the arguments of a small run with dropout that saves a checkpoint after every step."""
-    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
-    return flags(
-        model=tmp_path / "model",
-        data_dir=data_dir,
-        num_epochs=2,
-        eval_freq=2,
-        learning_rate=1e-3,
-        context_length=24,
-        precision="fp32",
-        checkpoint_minutes="1e-9",
-    )
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("step", [1, 4, 6, 9, 12])  # 6 and 12 end an epoch of 48 reviews
-def test_resumed_run_has_the_results_of_an_uninterrupted_run(command, tmp_path, monkeypatch, step, optimizer):
-    command += ["--optimizer", optimizer]
-    train_bert_hf.main([*command, "--output_dir", str(tmp_path / "uninterrupted")])
+def test_resumed_run_has_the_results_of_an_uninterrupted_run(resumable_command, tmp_path, monkeypatch, step, optimizer):
+    resumable_command += ["--optimizer", optimizer]
+    train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "uninterrupted")])
     with monkeypatch.context() as patch:
         kill_after_step(patch, step)
         with pytest.raises(Killed):
-            train_bert_hf.main([*command, "--output_dir", str(tmp_path / "interrupted")])
+            train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "interrupted")])
     assert not (tmp_path / "interrupted" / records.RECORD).exists()
     torch.manual_seed(99)  # another random state
-    train_bert_hf.main([*command, "--output_dir", str(tmp_path / "interrupted"), "--resume"])
+    train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "interrupted"), "--resume"])
     assert_same_results(tmp_path / "interrupted", tmp_path / "uninterrupted")
     assert sorted(path.name for path in (tmp_path / "interrupted").iterdir()) == [
         CURVES,
@@ -52,30 +35,19 @@ def test_resumed_run_has_the_results_of_an_uninterrupted_run(command, tmp_path, 
 
 
 @pytest.mark.parametrize("minutes", ["1e-9", "60"])
-def test_checkpoints_are_saved_at_the_interval_and_after_each_epoch(command, tmp_path, monkeypatch, minutes):
+def test_checkpoints_are_saved_at_the_interval_and_after_each_epoch(resumable_command, tmp_path, monkeypatch, minutes):
     steps = []
     save = checkpoint.Checkpointer.save
     monkeypatch.setattr(
         checkpoint.Checkpointer, "save", lambda self, state: (steps.append(state.step), save(self, state))
     )
-    train_bert_hf.main([*command, "--checkpoint_minutes", minutes, "--output_dir", str(tmp_path / "run")])
+    train_bert_hf.main([*resumable_command, "--checkpoint_minutes", minutes, "--output_dir", str(tmp_path / "run")])
     assert steps == ([6, 12] if minutes == "60" else list(range(1, 13)))
 
 
-@pytest.fixture
-def interrupted(command, tmp_path, monkeypatch):
-    """Interrupt a run after step 3; return its two checkpoints and the arguments that resume it."""
-    command += ["--output_dir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        kill_after_step(patch, 3)
-        with pytest.raises(Killed):
-            train_bert_hf.main(command)
-    return *checkpoint.checkpoint_paths(tmp_path / "run"), [*command, "--resume"]
-
-
-def test_resume_without_checkpoint_raises(command, tmp_path):
+def test_resume_without_checkpoint_raises(resumable_command, tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
-        train_bert_hf.main([*command, "--output_dir", str(tmp_path / "empty"), "--resume"])
+        train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "empty"), "--resume"])
     assert not (tmp_path / "empty").exists()
 
 
@@ -119,44 +91,6 @@ def test_resume_may_change_arguments_that_do_not_change_the_results(
     train_bert_hf.main([*command, *changed])
     assert len(records.read_record(tmp_path / "run")["losses"]) == 12
     assert "Precision: fp32 (that of the checkpoint)" in capsys.readouterr().err
-
-
-def test_resume_with_another_precision_is_reported_and_recorded(interrupted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(device, "cpu_flags", lambda: {"avx512_bf16"})
-    *_, command = interrupted
-    reason = "as requested; fp32 up to step 3: the numbers differ from those of an uninterrupted run"
-    train_bert_hf.main([*command, "--precision", "bf16"])
-    assert f"Precision: bf16 ({reason})" in capsys.readouterr().err
-    assert records.read_record(tmp_path / "run")["precision"] == {"dtype": "bf16", "reason": reason}
-
-
-def test_resume_with_auto_precision_keeps_that_of_the_checkpoint(interrupted, monkeypatch, capsys):
-    newest, _, command = interrupted
-    monkeypatch.setattr(device, "cpu_flags", lambda: {"avx2"})
-    checkpoint.write_checkpoint(checkpoint.read_checkpoint(newest) | {"precision": "bf16"}, newest)
-    train_bert_hf.main([*command, "--precision", "auto"])
-    assert (
-        "Precision: bf16 (that of the checkpoint; this CPU emulates bf16, which is slower than fp32"
-        in capsys.readouterr().err
-    )
-
-
-@pytest.mark.parametrize(
-    ("first", "resumed"),
-    [([], ["--precision", "fp32"]), (["--precision", "fp32"], []), (["--precision", "bf16"], ["--precision", "fp32"])],
-)
-def test_resume_finds_the_folder_of_the_run_in_another_precision(first, resumed, command, tmp_path, monkeypatch):
-    """The name of the default folder contains the precision."""
-    monkeypatch.chdir(tmp_path)
-    command = [argument for argument in command if argument not in ("--precision", "fp32")]
-    with monkeypatch.context() as patch:
-        kill_after_step(patch, 3)
-        with pytest.raises(Killed):
-            train_bert_hf.main([*command, *first])
-    (folder,) = (tmp_path / "results").iterdir()
-    train_bert_hf.main([*command, *resumed, "--resume"])
-    assert list((tmp_path / "results").iterdir()) == [folder]
-    assert records.read_record(folder)["name"] == folder.name
 
 
 def test_resume_on_another_type_of_device_raises(interrupted):
@@ -232,17 +166,17 @@ def test_resume_executes_no_code_from_the_checkpoint(interrupted, tmp_path):
     assert hashlib.sha256(newest.read_bytes()[32:]).digest() == newest.read_bytes()[:32]
 
 
-def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(command, tmp_path):
+def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(resumable_command, tmp_path):
     """The first step is far too large: the loss before it is finite, the next one is not."""
-    command += ["--learning_rate", "1e30", "--output_dir", str(tmp_path / "run")]
+    resumable_command += ["--learning_rate", "1e30", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(UserError, match="the training loss is nan at step 1; lower --learning_rate"):
-        train_bert_hf.main(command)
+        train_bert_hf.main(resumable_command)
     newest, previous = checkpoint.checkpoint_paths(tmp_path / "run")
     assert checkpoint.read_checkpoint(newest)["train_state"]["step"] == 1
     assert not previous.exists()
 
 
-def test_non_finite_weights_are_not_saved(command, tmp_path, monkeypatch):
+def test_non_finite_weights_are_not_saved(resumable_command, tmp_path, monkeypatch):
     """The loss of the fifth step is finite; the weights after it are not."""
     calls = []
     step = torch.optim.AdamW.step
@@ -255,5 +189,5 @@ def test_non_finite_weights_are_not_saved(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", break_weights)
     with pytest.raises(UserError, match="non-finite weights after step 5"):
-        train_bert_hf.main([*command, "--output_dir", str(tmp_path / "run")])
+        train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "run")])
     assert checkpoint.read_checkpoint(tmp_path / "run" / checkpoint.CHECKPOINT)["train_state"]["step"] == 4

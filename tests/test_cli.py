@@ -1,15 +1,9 @@
-import errno
 import re
 import subprocess
 import sys
-from argparse import Namespace
 
-import numpy as np
 import pytest
-import torch
-from helpers import REPOSITORY, flags, tiny_gpt_flags
-from tiny_models import TINY_CONFIGS, save_encoder
-from torch._inductor import config as inductor
+from helpers import REPOSITORY
 
 import download_prepare_dataset
 import predict
@@ -19,9 +13,7 @@ import train_gpt
 import train_sklearn_logreg
 from benchmarks import bf16_accuracy, scaling, speed
 from finetuning import cli
-from finetuning.hints import memory_remedies, out_of_memory_hint
 from finetuning.reporting.records import read_record
-from finetuning.system.errors import UserError
 
 TRAINERS = [train_gpt, train_bert_hf, train_sklearn_logreg]
 SCRIPTS = [download_prepare_dataset, *TRAINERS, predict, reproduce]
@@ -82,36 +74,6 @@ def test_invalid_arguments_are_reported(script, arguments, message, failing):
     assert message in failing(script.main, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
-        (["--device", "gpu"], "--device gpu is not a device"),
-        (["--batch_size", "49"], "--batch_size 49 is more than the 48 reviews"),
-        (["--micro_batch_size", "0"], "argument --micro_batch_size: must be a whole number of 1 or more, not '0'"),
-        (["--context_length", "41"], "--context_length 41 is more than the 40 tokens"),
-        (["--resume"], "there is no checkpoint"),
-    ],
-)
-def test_impossible_run_is_reported_before_it_starts(arguments, message, data_dir, tmp_path, capsys, monkeypatch):
-    save_encoder(tmp_path / "model", TINY_CONFIGS["bert"])
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    command = [
-        "train_bert_hf.py",
-        *flags(model=tmp_path / "model", data_dir=data_dir, context_length=24),
-        *arguments,
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run_main(train_bert_hf.main)
-    assert exit_info.value.code == 2
-    printed = capsys.readouterr()
-    assert message in printed.err.splitlines()[-1]
-    assert printed.out == ""
-    assert not (tmp_path / "results").exists()
-
-
 def test_unwritable_output_folder_is_reported_before_the_run(data_dir, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("a file")
     monkeypatch.setattr(
@@ -125,113 +87,6 @@ def test_unwritable_output_folder_is_reported_before_the_run(data_dir, tmp_path,
         f"train_sklearn_logreg.py: cannot write to --output_dir {tmp_path / 'file'}: File exists"
     ]
     assert printed.out == ""
-
-
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("Tried to allocate 2.00 GiB"),
-    MemoryError(),
-    OSError(errno.ENOMEM, "Cannot allocate memory"),
-    np._core._exceptions._ArrayMemoryError((2**40,), np.dtype("float32")),
-    torch.AcceleratorError("CUDA error: out of memory"),
-    RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 8.02 GB, max allowed: 9.07 GB)"),
-    RuntimeError("Invalid buffer size: 24.00 GB"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes"),
-    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4294967296 bytes"),
-    RuntimeError("std::bad_alloc"),
-    RuntimeError("could not create a primitive"),
-]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
-def test_out_of_memory_error_ends_in_advice(error, tiny_gpt, data_dir, tmp_path, capsys, monkeypatch):
-    def train(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr("finetuning.experiment.train_classifier", train)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train_gpt.py", *tiny_gpt_flags(tiny_gpt, data_dir, tmp_path / "run")],
-    )
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run_main(train_gpt.main)
-    assert exit_info.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "train_gpt.py: out of memory in training; try --micro_batch_size 4 or a shorter --context_length"
-    )
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("could not create a primitive descriptor for a matmul primitive"),
-        torch.AcceleratorError("CUDA error: device-side assert triggered"),
-        OSError(errno.ENOENT, "No such file"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
-        UserError("out of memory"),
-    ],
-    ids=repr,
-)
-def test_out_of_memory_hint_passes_other_errors_through(error):
-    with pytest.raises(type(error)) as raised, out_of_memory_hint():
-        raise error
-    assert raised.value is error
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "micro_batch_size", "layers", "resume", "processes", "advice"),
-    [
-        (
-            8,
-            None,
-            "all",
-            False,
-            1,
-            ["--micro_batch_size 4", "a shorter --context_length", "--trainable_layers last_block"],
-        ),
-        (8, 4, "last_block", False, 1, ["--micro_batch_size 2", "a shorter --context_length"]),
-        (8, 3, "last_block", False, 1, ["--micro_batch_size 1", "a shorter --context_length"]),
-        (8, 99, "last_block", False, 1, ["--micro_batch_size 4", "a shorter --context_length"]),
-        (8, None, "last_block", False, 2, ["--micro_batch_size 2", "a shorter --context_length"]),
-        (8, 1, "last_block", False, 1, ["a shorter --context_length", "a smaller model"]),
-        (8, None, "last_block", False, 8, ["a shorter --context_length", "a smaller model"]),
-        (8, None, "all", True, 1, ["--micro_batch_size 4"]),
-        (1, None, "all", True, 1, ["a device with more memory"]),
-    ],
-)
-def test_memory_remedies_are_those_still_possible(
-    batch_size, micro_batch_size, layers, resume, processes, advice, monkeypatch
-):
-    monkeypatch.setattr("finetuning.performance.distributed.world_size", lambda: processes)
-    args = Namespace(batch_size=batch_size, micro_batch_size=micro_batch_size, trainable_layers=layers, resume=resume)
-    assert memory_remedies(args) == advice
-
-
-def test_model_that_does_not_fit_is_told_apart_from_a_batch(failing, tiny_gpt, data_dir, monkeypatch):
-    def too_large(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(train_gpt.GPTClassifier, "to", too_large)
-    monkeypatch.setattr("finetuning.experiment.print_status", lambda message: None)
-    assert failing(train_gpt.main, *tiny_gpt_flags(tiny_gpt, data_dir, data_dir / "run")) == (
-        "script.py: out of memory before training; try a smaller model or a device with more memory"
-    )
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by the imports of PyTorch's compiler
-def test_missing_compiler_is_reported_before_anything_is_downloaded(data_dir, tmp_path, failing, monkeypatch):
-    monkeypatch.setattr(train_gpt, "load_config", lambda size: pytest.fail("too late"))
-    torch._dynamo.reset()  # forgets what other tests have compiled
-    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler")), "force_disable_caches": True}):
-        message = failing(
-            train_gpt.main, "--compile", "--device", "cpu", "--data_dir", data_dir, "--output_dir", tmp_path / "run"
-        )
-    assert "--compile does not work on this machine: InvalidCxxCompiler: No working C++ compiler found" in message
-    assert message.endswith("; install a C++ compiler (or set CXX), or leave out --compile")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, reproduce])

@@ -16,7 +16,6 @@ import predict
 import train_bert_hf
 import train_gpt
 import train_sklearn_logreg
-from finetuning.performance.device import select_saved_precision
 from finetuning.reporting import records
 from finetuning.reporting.saved_models import read_settings
 
@@ -107,23 +106,6 @@ def large_weight_gpt(size):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model
-
-
-def test_select_saved_precision_keeps_the_precision_only_on_the_same_hardware(monkeypatch):
-    monkeypatch.setattr("finetuning.performance.device.cpu_name", lambda: "Xeon")
-    for native, expected in ((set(), "fp32"), ({"avx512_bf16"}, "bf16")):
-        monkeypatch.setattr("finetuning.performance.device.cpu_flags", lambda native=native: native)
-        monkeypatch.setattr("finetuning.performance.device.cpu_bf16_speedup", lambda: 2.0)
-        cpu = torch.device("cpu")
-        assert select_saved_precision("bf16", "2 processes, each on Xeon, 2 threads", cpu) == "bf16"
-        assert select_saved_precision("bf16", "NVIDIA A100", cpu) == expected
-        assert select_saved_precision("fp32", "NVIDIA A100", cpu) == "fp32"
-        assert select_saved_precision("tf32", "NVIDIA A100", cpu) == "fp32"
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100")
-    assert select_saved_precision("tf32", "NVIDIA A100", torch.device("cuda")) == "tf32"
-    monkeypatch.setattr("platform.machine", lambda: "arm64")
-    assert select_saved_precision("bf16", "arm64", torch.device("mps")) == "bf16"
-    assert select_saved_precision("bf16", "NVIDIA A100", torch.device("mps")) == "fp32"
 
 
 def test_contributions_match_a_hand_computation(tmp_path, capsys):

@@ -7,16 +7,11 @@ import torch
 from helpers import make_reviews
 from tiny_models import (
     CPU,
-    MAX_LENGTH,
     TINY_CONFIGS,
-    FirstTokenModel,
-    encode_words,
     encoder_dataset,
+    first_token_classifier,
     gpt_dataset,
-    limited_memory_classifier,
-    make_book_gpt,
     make_gpt_classifier,
-    tiny_tokenizer,
     train_with_adamw,
 )
 from torch import nn
@@ -24,11 +19,10 @@ from transformers import AutoModelForSequenceClassification
 
 import train_bert_hf
 import train_gpt
-from benchmarks import reference
 from finetuning.data.batching import IMDbDataset
 from finetuning.data.tokenization import concatenate
 from finetuning.optimizers import build_optimizers
-from finetuning.performance.inference import EVAL_TOKENS_PER_BATCH, Classifier, predict_logits
+from finetuning.performance.inference import Classifier, predict_logits
 from finetuning.system.errors import UserError
 from finetuning.trainable_layers import set_trainable
 from finetuning.training import (
@@ -40,73 +34,6 @@ from finetuning.training import (
     mean_loss,
     train_classifier,
 )
-
-
-@pytest.mark.parametrize("mode", ["all", "last_block", "last_layer"])
-@pytest.mark.parametrize(
-    ("position", "pooling"),
-    [
-        ("last", train_gpt.POOLING["last", False]),
-        ("first", train_gpt.POOLING["first", False]),
-        ("average", train_gpt.POOLING["last", True]),
-    ],
-)
-def test_gpt_losses_equal_those_of_the_reference_loop(mode, position, pooling):
-    """Within 1e-5 at each step of two epochs, which drop the last, partial batch."""
-    frame = make_reviews(52)
-    model, layers = make_gpt_classifier()
-    set_trainable(model, mode, layers)
-    reference_model, reference_layers = make_book_gpt()
-    set_trainable(reference_model, mode, reference_layers)
-    reference.use_eager_ops(reference_model)
-    expected, _ = reference.train(
-        reference_model,
-        reference.gpt_logits(position),
-        reference.ReferenceDataset(frame, encode_words, MAX_LENGTH, pad_token_id=0),
-        num_epochs=2,
-        learning_rate=1e-3,
-    )
-    state = train_with_adamw(model, pooling, gpt_dataset(frame), eval_freq=3, eval_iter=1)
-    assert len(expected) == 12
-    assert [loss.item() for loss in state.losses] == pytest.approx(expected, abs=1e-5)
-    assert expected[0] != expected[-1]
-
-
-@pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_encoder_losses_equal_those_of_the_reference_loop(name):
-    """Padding to each batch's longest review changes nothing; dropout is off, as padding would change its draws."""
-    config = copy.deepcopy(TINY_CONFIGS[name])
-    for key in (
-        "dropout",
-        "attention_dropout",
-        "seq_classif_dropout",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "embedding_dropout",
-        "mlp_dropout",
-        "classifier_dropout",
-    ):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
-    torch.manual_seed(123)
-    model = AutoModelForSequenceClassification.from_config(config)
-    reference_model = copy.deepcopy(model)
-    frame, tokenizer = make_reviews(40), tiny_tokenizer(config.pad_token_id)
-    encode = train_bert_hf.make_tokenizer(tokenizer).encode
-    expected, _ = reference.train(
-        reference_model,
-        reference.encoder_logits,
-        reference.ReferenceDataset(frame, encode, MAX_LENGTH, tokenizer.pad_token_id),
-        num_epochs=2,
-        learning_rate=1e-3,
-    )
-    dataset = IMDbDataset(
-        concatenate(encode(frame["text"].tolist(), MAX_LENGTH), frame["label"]),
-        tokenizer.pad_token_id,
-        use_attention_mask=True,
-    )
-    state = train_with_adamw(model, train_bert_hf.class_logits, dataset)
-    assert [loss.item() for loss in state.losses] == pytest.approx(expected, abs=1e-5)
 
 
 def test_losses_do_not_depend_on_eval_freq():
@@ -154,25 +81,6 @@ def test_gradients_of_uneven_micro_batches_equal_those_of_the_whole_batch():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_predict_logits_restores_training_mode_and_keeps_rng_state(training):
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(TINY_CONFIGS["distilbert"]).train(training)
-    frame = make_reviews(20)
-    dataset = encoder_dataset(frame)
-    classifier = Classifier(model, train_bert_hf.class_logits, CPU)
-    state = torch.get_rng_state()
-    first, second = predict_logits(dataset, classifier), predict_logits(dataset, classifier)
-    assert torch.equal(first, second)  # dropout was off
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training is training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def first_token_classifier():
-    return Classifier(FirstTokenModel(), lambda model, batch: model(batch.input_ids), CPU)
-
-
 def test_loss_and_accuracy_equal_values_computed_by_hand():
     dataset = IMDbDataset(concatenate([[9], [4, 1], [5 + 1, 1, 1], [2]], [1, 0, 0, 1]), pad_token_id=0)
     classifier = first_token_classifier()
@@ -183,14 +91,6 @@ def test_loss_and_accuracy_equal_values_computed_by_hand():
     assert mean_loss(dataset, classifier) == pytest.approx(expected)
     assert batch_loss(dataset.collate([0, 1, 2, 3]), classifier).item() == pytest.approx(expected)
     assert mean_loss(dataset.head(1), classifier) == pytest.approx(math.log1p(math.exp(-4)), rel=1e-5)
-
-
-def test_predict_logits_does_not_depend_on_the_batches(monkeypatch):
-    dataset = IMDbDataset(concatenate([[i % 7] * (i % 5 + 1) for i in range(103)], [0] * 103), pad_token_id=0)
-    whole = predict_logits(dataset, first_token_classifier())
-    monkeypatch.setitem(EVAL_TOKENS_PER_BATCH, "cpu", 11)
-    assert torch.equal(predict_logits(dataset, first_token_classifier()), whole)
-    assert whole[:, 1].tolist() == [i % 7 for i in range(103)]
 
 
 @pytest.mark.parametrize(("max_steps", "steps", "epochs"), [(1, 1, 1), (5, 5, 1), (6, 6, 1), (9, 9, 2), (99, 12, 2)])
@@ -277,58 +177,6 @@ def test_training_lowers_the_loss():
     model, _layers = make_gpt_classifier()
     state = train_with_adamw(model, train_gpt.masked_mean_logits, gpt_dataset(make_reviews(200)), num_epochs=8)
     assert state.eval_history[-1]["train_loss"] < 0.9 * state.eval_history[0]["train_loss"]
-
-
-@pytest.mark.parametrize("error", [None, RuntimeError("MPS backend out of memory"), MemoryError()])
-def test_predict_logits_halves_batches_until_they_fit(error, monkeypatch, capsys):
-    """32 reviews of 1 to 4 tokens, memory for 20 tokens: batches of 64 and 32 tokens fail, those of 16 fit."""
-    monkeypatch.setitem(EVAL_TOKENS_PER_BATCH, "cpu", 64)
-    dataset = IMDbDataset(concatenate([[i] * (i % 4 + 1) for i in range(32)], [0] * 32), pad_token_id=0)
-    classifier = limited_memory_classifier(20, error)
-    assert predict_logits(dataset, classifier)[:, 1].tolist() == list(range(32))  # in order and complete
-    failed, succeeded = [], []
-    for tokens, reviews_of_batch in classifier.model.batches:
-        (succeeded if tokens <= 20 else failed).append((tokens, reviews_of_batch))
-    assert [tokens for tokens, _ in failed] == [64, 32]
-    assert sorted(review for _, batch in succeeded for review in batch) == list(range(32))  # none computed twice
-    assert capsys.readouterr().err.splitlines() == [
-        "Out of memory with 16 reviews per batch; evaluating 32 tokens at a time",
-        "Out of memory with 8 reviews per batch; evaluating 16 tokens at a time",
-    ]
-    classifier.model.batches.clear()
-    predict_logits(dataset, classifier)  # the next evaluation starts with that size
-    assert max(tokens for tokens, _ in classifier.model.batches) == 16
-    assert capsys.readouterr().err == ""
-
-
-def test_predict_logits_keeps_results_when_memory_runs_out_later(monkeypatch):
-    monkeypatch.setitem(EVAL_TOKENS_PER_BATCH, "cpu", 8)
-    dataset = IMDbDataset(concatenate([[i] for i in range(20)], [0] * 20), pad_token_id=0)
-    classifier = limited_memory_classifier(8)
-
-    def shrink(model, inputs):
-        if len(model.batches) == 1:
-            model.capacity = 4
-
-    classifier.model.register_forward_pre_hook(shrink)
-    assert predict_logits(dataset, classifier)[:, 1].tolist() == list(range(20))
-    assert [len(batch) for _, batch in classifier.model.batches] == [8, 8, 4, 4, 4]
-
-
-def test_predict_logits_raises_user_error_if_a_single_review_does_not_fit():
-    dataset = IMDbDataset(concatenate([[1] * 7, [2] * 9], [0, 0]), pad_token_id=0)
-    classifier = limited_memory_classifier(8)
-    with pytest.raises(UserError, match="out of memory for a single review of 9 tokens on cpu"):
-        predict_logits(dataset, classifier)
-    assert [tokens for tokens, _ in classifier.model.batches] == [18, 9]
-
-
-def test_predict_logits_does_not_retry_other_errors():
-    dataset = IMDbDataset(concatenate([[1] * 7, [2] * 9], [0, 0]), pad_token_id=0)
-    classifier = limited_memory_classifier(8, RuntimeError("CUDA error: device-side assert triggered"))
-    with pytest.raises(RuntimeError, match="assert"):
-        predict_logits(dataset, classifier)
-    assert len(classifier.model.batches) == 1
 
 
 def test_has_unused_parameters_leaves_no_side_effects():

@@ -175,6 +175,11 @@ class FirstTokenModel(nn.Module):
         return torch.stack([torch.full_like(first, 5.0), first], dim=1)
 
 
+def first_token_classifier() -> Classifier:
+    """Return a classifier around FirstTokenModel."""
+    return Classifier(FirstTokenModel(), lambda model, batch: model(batch.input_ids), CPU)
+
+
 class LimitedMemoryModel(nn.Module):
     """FirstTokenModel that runs out of memory beyond `capacity` tokens; asserts that a failed batch was freed."""
 

@@ -5,10 +5,12 @@ from pretend_device import pretend_device
 from tiny_models import CPU, gpt_dataset, make_gpt_classifier, train_with_adamw
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._inductor import config as inductor
 
 import train_gpt
 from finetuning.data.batching import length_buckets
 from finetuning.performance import device as devices
+from finetuning.performance.device import select_saved_precision
 from finetuning.performance.inference import Classifier
 from finetuning.system.errors import UserError
 
@@ -189,3 +191,33 @@ def test_check_compiler_reports_errors_in_one_line(device, error, message, monke
     with pytest.raises(UserError, match=message) as raised:
         devices.check_compiler(torch.device(device))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by the imports of PyTorch's compiler
+def test_missing_compiler_is_reported_before_anything_is_downloaded(data_dir, tmp_path, failing, monkeypatch):
+    monkeypatch.setattr(train_gpt, "load_config", lambda size: pytest.fail("too late"))
+    torch._dynamo.reset()  # forgets what other tests have compiled
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler")), "force_disable_caches": True}):
+        message = failing(
+            train_gpt.main, "--compile", "--device", "cpu", "--data_dir", data_dir, "--output_dir", tmp_path / "run"
+        )
+    assert "--compile does not work on this machine: InvalidCxxCompiler: No working C++ compiler found" in message
+    assert message.endswith("; install a C++ compiler (or set CXX), or leave out --compile")
+    assert not (tmp_path / "run").exists()
+
+
+def test_select_saved_precision_keeps_the_precision_only_on_the_same_hardware(monkeypatch):
+    monkeypatch.setattr("finetuning.performance.device.cpu_name", lambda: "Xeon")
+    for native, expected in ((set(), "fp32"), ({"avx512_bf16"}, "bf16")):
+        monkeypatch.setattr("finetuning.performance.device.cpu_flags", lambda native=native: native)
+        monkeypatch.setattr("finetuning.performance.device.cpu_bf16_speedup", lambda: 2.0)
+        cpu = torch.device("cpu")
+        assert select_saved_precision("bf16", "2 processes, each on Xeon, 2 threads", cpu) == "bf16"
+        assert select_saved_precision("bf16", "NVIDIA A100", cpu) == expected
+        assert select_saved_precision("fp32", "NVIDIA A100", cpu) == "fp32"
+        assert select_saved_precision("tf32", "NVIDIA A100", cpu) == "fp32"
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100")
+    assert select_saved_precision("tf32", "NVIDIA A100", torch.device("cuda")) == "tf32"
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert select_saved_precision("bf16", "arm64", torch.device("mps")) == "bf16"
+    assert select_saved_precision("bf16", "NVIDIA A100", torch.device("mps")) == "fp32"
