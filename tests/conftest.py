@@ -1,6 +1,8 @@
 """Fixtures, and an environment without network access or the user's caches."""
 
+import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -15,12 +17,16 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 import pytest  # noqa: E402
 import tiktoken  # noqa: E402
 import tiny_gpt as tiny  # noqa: E402
+import torch  # noqa: E402
 import transformers  # noqa: E402
-from helpers import ARCHIVE_FOLDERS, HUB_CACHE, Killed, flags, kill_after_step, write_splits  # noqa: E402
+from bad_inputs import SCRIPTS, command  # noqa: E402
+from helpers import ARCHIVE_FOLDERS, HUB_CACHE, Killed, flags, folder_contents, kill_after_step, write_splits  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from saved_runs import train_and_save  # noqa: E402
-from tiny_models import TINY_CONFIGS, save_encoder  # noqa: E402
+from tiny_models import TINY_CONFIGS, TINY_GPT2_CONFIG, save_encoder, tiny_gpt2_tensors  # noqa: E402
 
 import download_prepare_dataset as dataset  # noqa: E402
+import gpt_download  # noqa: E402
 import train_bert_hf  # noqa: E402
 import train_gpt  # noqa: E402
 from finetuning import checkpoint, cli  # noqa: E402
@@ -133,6 +139,56 @@ def interrupted(resumable_command, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             train_bert_hf.main(resumable_command)
     return *checkpoint.checkpoint_paths(tmp_path / "run"), [*resumable_command, "--resume"]
+
+
+@pytest.fixture(scope="session")
+def valid_input_folder(tmp_path_factory):
+    """Return a folder of valid inputs: data, a tiny encoder, a tiny GPT-2."""
+    folder = tmp_path_factory.mktemp("good")
+    (folder / "data").mkdir()
+    write_splits(folder / "data")
+    (folder / "train.csv").write_text("not a folder")
+    save_encoder(folder / "model", TINY_CONFIGS["bert"])
+    (folder / "models" / "0M").mkdir(parents=True)
+    (folder / "models" / "0M" / "config.json").write_text(json.dumps(TINY_GPT2_CONFIG))
+    save_file(
+        {name: torch.from_numpy(array) for name, array in tiny_gpt2_tensors().items()},
+        folder / "models" / "0M" / "model.safetensors",
+    )
+    return folder
+
+
+@pytest.fixture
+def input_folder(valid_input_folder, tmp_path, monkeypatch, tiny_gpt):
+    """Change to a copy of the valid inputs; return it."""
+    copy = shutil.copytree(valid_input_folder, tmp_path / "inputs")
+    monkeypatch.setitem(train_gpt.MODEL_CONFIGS, tiny_gpt, {"emb_dim": 4, "n_layers": 2, "n_heads": 2})
+    monkeypatch.setitem(gpt_download.REPOSITORIES, "0M", "someone/tiny")
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.fixture
+def assert_refused(input_folder, monkeypatch, capfd):
+    """Return a function that asserts that a bad input ends in one line of error and status 2 and changes no file."""
+
+    def run(bad, script):
+        if bad.prepare:
+            bad.prepare(input_folder)
+        before = folder_contents(input_folder)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *command(script, bad.arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run_main(SCRIPTS[script].main)
+        out, err = capfd.readouterr()
+        assert exit_info.value.code == 2
+        assert out == ""
+        assert "Traceback" not in err
+        assert err.splitlines()[-1].startswith(f"{script}.py: ")
+        assert bad.message in err.splitlines()[-1]
+        assert folder_contents(input_folder) == before
+
+    return run
 
 
 @pytest.fixture

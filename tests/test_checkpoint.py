@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from bad_inputs import POINTER, BadInput, Bomb, parameters
 from helpers import Killed, assert_same_results, kill_after_step
 from tiny_models import TINY_CONFIGS, save_encoder
 
@@ -191,3 +192,41 @@ def test_non_finite_weights_are_not_saved(resumable_command, tmp_path, monkeypat
     with pytest.raises(UserError, match="non-finite weights after step 5"):
         train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "run")])
     assert checkpoint.read_checkpoint(tmp_path / "run" / checkpoint.CHECKPOINT)["train_state"]["step"] == 4
+
+
+def leftover_checkpoint(name, message, content, *arguments):
+    """Return a case with a checkpoint of an earlier run in the output folder."""
+
+    def prepare(folder):
+        (folder / "run").mkdir()
+        if callable(content):
+            checkpoint.write_checkpoint(content(), folder / "run" / checkpoint.CHECKPOINT)
+        else:
+            (folder / "run" / checkpoint.CHECKPOINT).write_bytes(content)
+
+    return BadInput(name, message, prepare, arguments or ("--resume",))
+
+
+def other_run():
+    """Return the content of a checkpoint of another run."""
+    return {key: {} for key in checkpoint.KEYS} | {"fingerprint": {"seed": 7}}
+
+
+CASES = [
+    leftover_checkpoint("a Git LFS pointer for a checkpoint", "run/checkpoint.pt is a Git LFS pointer", POINTER),
+    leftover_checkpoint("an empty checkpoint", "run/checkpoint.pt: damaged, or not a checkpoint of this version", b""),
+    leftover_checkpoint("a checkpoint of random bytes", "run/checkpoint.pt: damaged", bytes(range(256)) * 100),
+    leftover_checkpoint("a checkpoint of another program", "run/checkpoint.pt: damaged", lambda: {"model": {}}),
+    leftover_checkpoint(
+        "a checkpoint that runs code", "run/checkpoint.pt: damaged", lambda: other_run() | {"state": Bomb()}
+    ),
+    leftover_checkpoint("a checkpoint of another run", "run/checkpoint.pt belongs to a run with other", other_run),
+    leftover_checkpoint(
+        "an interrupted run", "run holds the checkpoint of an interrupted run: add --resume", other_run, "--seed", "7"
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "script"), parameters(CASES))
+def test_bad_checkpoint_ends_in_one_line_and_changes_no_file(bad, script, assert_refused):
+    assert_refused(bad, script)

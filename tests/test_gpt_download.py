@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from bad_inputs import POINTER, PRETRAINED, BadInput, bad_arguments, bad_file, parameters
 from helpers import REPOSITORY
 from local_server import LocalServer
 from safetensors.numpy import save_file
@@ -101,3 +102,60 @@ def test_download_and_load_gpt2_refuses_a_truncated_file(repository, tmp_path, n
 def test_download_and_load_gpt2_refuses_an_unknown_size():
     with pytest.raises(ValueError, match="124M, 355M, 774M, 1558M"):
         download_and_load_gpt2("125M")
+
+
+def gpt_weights(name, message, change):
+    """Return a case with invalid GPT-2 weights: `change` returns new bytes from the valid ones."""
+
+    def prepare(folder):
+        path = folder / "models" / "0M" / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return BadInput(name, message, prepare, PRETRAINED, scripts="gpt")
+
+
+CASES = [
+    *[
+        bad_file(
+            f"a Git LFS pointer for GPT-2's {name}",
+            f"models/0M/{name}",
+            POINTER,
+            f"models/0M/{name} is a Git LFS",
+            *PRETRAINED,
+            scripts="gpt",
+        )
+        for name in ("config.json", "model.safetensors")
+    ],
+    gpt_weights("truncated GPT-2", "models/0M/model.safetensors is cut short or damaged", lambda content: content[:-9]),
+    gpt_weights(
+        "an HTML page as GPT-2", "models/0M/model.safetensors is cut short or damaged", lambda content: b"<html>"
+    ),
+    gpt_weights(
+        "GPT-2 of other names",
+        "the checkpoint does not fit gpt2-tiny (0M): ",
+        lambda content: content.replace(b"h.1.ln_1.weight", b"h.x.ln_1.weight"),
+    ),
+    gpt_weights("GPT-2 of another size", "wte has shape (7, 4), not (50257, 4)", lambda content: content),
+    bad_arguments(*PRETRAINED, "--models_dir", "", message="cannot get config.json of someone/tiny", scripts="gpt"),
+    bad_file(
+        "a truncated GPT-2 configuration",
+        "models/0M/config.json",
+        b'{"n_embd": 4}',
+        "is not GPT-2's config.json",
+        *PRETRAINED,
+        scripts="gpt",
+    ),
+    bad_file(
+        "a list as GPT-2 configuration",
+        "models/0M/config.json",
+        b"[]",
+        "is not GPT-2's config.json",
+        *PRETRAINED,
+        scripts="gpt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "script"), parameters(CASES))
+def test_bad_gpt2_files_end_in_one_line_and_change_no_file(bad, script, assert_refused):
+    assert_refused(bad, script)

@@ -1,6 +1,10 @@
+import json
+import pickle
+
 import pytest
 import torch
 import transformers
+from bad_inputs import BadInput, Bomb, bad_file, parameters
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_CONFIGS, TINY_SIZES, save_encoder
 from transformers import AutoModelForSequenceClassification
@@ -79,3 +83,122 @@ def test_load_pretrained_refuses_missing_embeddings_of_another_class(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"ibert.embeddings.word_embeddings.weight, are missing"):
         load_pretrained(str(tmp_path), seed=123)
+
+
+def weights(name, message, change):
+    """Return a case with invalid weights: `change` returns new tensors or bytes from the valid ones."""
+
+    def prepare(folder):
+        path = folder / "model" / "model.safetensors"
+        changed = change(load_file(path), path.read_bytes())
+        path.write_bytes(changed) if isinstance(changed, bytes) else save_file(changed, path, {"format": "pt"})
+
+    return BadInput(name, message, prepare)
+
+
+def pickle_with_code(folder):
+    (folder / "model" / "model.safetensors").unlink()
+    with open(folder / "model" / "pytorch_model.bin", "wb") as weights_file:
+        pickle.dump({"weight": Bomb()}, weights_file, protocol=2)
+
+
+def torch_file_with_code(folder):
+    (folder / "model" / "model.safetensors").unlink()
+    torch.save({"weight": Bomb()}, folder / "model" / "pytorch_model.bin")
+
+
+def without_tokenizer(folder):
+    for path in (folder / "model").glob("token*"):
+        path.unlink()
+
+
+def model_with_code(folder):
+    """Add an architecture defined in a file of the model, which would create a folder if it were executed."""
+    settings = {
+        "model_type": "other",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"},
+    }
+    (folder / "model" / "config.json").write_text(json.dumps(settings))
+    (folder / "model" / "code.py").write_text("import os\nos.mkdir('exploded')\n")
+
+
+def adapter_without_weights(folder):
+    for path in (folder / "model").iterdir():
+        path.unlink()
+    (folder / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/bert"}')
+
+
+def tokenizer_without(*roles):
+    def prepare(folder):
+        path = folder / "model" / "tokenizer_config.json"
+        path.write_text(
+            json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in roles})
+        )
+
+    return prepare
+
+
+CASES = [
+    weights("truncated weights", "cannot load --model model", lambda tensors, content: content[:-100]),
+    weights("a truncated header", "cannot load --model model", lambda tensors, content: content[:100]),
+    weights("empty weights", "cannot load --model model", lambda tensors, content: b""),
+    weights("zeros as weights", "cannot load --model model", lambda tensors, content: bytes(len(content))),
+    weights("an HTML page as weights", "cannot load --model model", lambda tensors, content: b"<html>Log in</html>"),
+    weights(
+        "missing tensors",
+        "1 parameters, such as bert.encoder.layer.1.output.dense.weight, are missing",
+        lambda tensors, content: {
+            name: tensor for name, tensor in tensors.items() if name != "bert.encoder.layer.1.output.dense.weight"
+        },
+    ),
+    weights(
+        "wrong shapes",
+        "are missing or of another shape",
+        lambda tensors, content: {name: tensor[:3].clone() for name, tensor in tensors.items()},
+    ),
+    weights(
+        "weights of another model",
+        "are missing or of another shape",
+        lambda tensors, content: {f"gpt.{name}": tensor for name, tensor in tensors.items()},
+    ),
+    weights(
+        "a NaN",
+        "the checkpoint of --model model is damaged: bert.encoder.layer.1.output.dense.bias holds NaN",
+        lambda tensors, content: (
+            tensors | {"bert.encoder.layer.1.output.dense.bias": torch.tensor([float("nan")] + [0.0] * 15)}
+        ),
+    ),
+    BadInput(
+        "a model with custom code",
+        "cannot load --model model: it needs code of its own, which is never run here",
+        model_with_code,
+    ),
+    BadInput(
+        "an adapter beside the weights",
+        "cannot load --model model: it holds an adapter (adapter_config.json)",
+        lambda folder: (folder / "model" / "adapter_config.json").write_text("{}"),
+    ),
+    BadInput("an adapter instead of weights", "it holds an adapter (adapter_config.json)", adapter_without_weights),
+    BadInput("no padding token", "its tokenizer has neither a pad nor an eos token", tokenizer_without("pad_token")),
+    BadInput("a pickle that runs code", "cannot load --model model", pickle_with_code),
+    BadInput("a PyTorch file that runs code", "its weights are a pickle of more than tensors", torch_file_with_code),
+    BadInput("no tokenizer", "cannot load --model model: its tokenizer has no vocabulary", without_tokenizer),
+    bad_file("a truncated configuration", "model/config.json", b'{"model_type": "be', "cannot load --model model"),
+    bad_file("a list as configuration", "model/config.json", b"[]", "cannot load --model model"),
+    bad_file("an image model", "model/config.json", b'{"model_type": "vit"}', "cannot load --model model"),
+    bad_file(
+        "an unknown architecture", "model/config.json", b'{"model_type": "nonsense"}', "cannot load --model model"
+    ),
+    bad_file(
+        "a smaller vocabulary",
+        "model/config.json",
+        json.dumps({**TINY_CONFIGS["bert"].to_dict(), "vocab_size": 5}).encode(),
+        "its tokenizer is of another model",
+    ),
+    bad_file("a truncated tokenizer", "model/tokenizer.json", b"{", "cannot load --model model"),
+]
+
+
+@pytest.mark.parametrize(("bad", "script"), parameters(CASES))
+def test_bad_model_ends_in_one_line_and_changes_no_file(bad, script, assert_refused):
+    assert_refused(bad, script)

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from bad_inputs import BadInput, parameters
 from tiny_models import TINY_CONFIGS, TINY_SIZES, tiny_tokenizer
 from transformers import AlbertConfig, AutoModelForSequenceClassification, XLMConfig, XLMRobertaConfig
 
@@ -78,3 +81,29 @@ def test_trial_errors_reports_any_other_error():
         trial_errors("someone/model"),
     ):
         raise KeyError("memory_size")
+
+
+def edit_json(path, **changes):
+    """Change values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CASES = [
+    BadInput(
+        "a tokenizer that allows less",
+        "--context_length 30 is more than the 25 tokens this model's tokenizer allows",
+        lambda folder: edit_json(folder / "model" / "tokenizer_config.json", model_max_length=25),
+        ("--context_length", "30"),
+    ),
+    BadInput(
+        "a tokenizer that allows less, and a model",
+        "--context_length 41 is more than the 40 tokens this model can",
+        lambda folder: edit_json(folder / "model" / "tokenizer_config.json", model_max_length=40),
+        ("--context_length", "41"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "script"), parameters(CASES))
+def test_too_long_context_ends_in_one_line_and_changes_no_file(bad, script, assert_refused):
+    assert_refused(bad, script)

@@ -5,6 +5,7 @@ import sys
 
 import pandas as pd
 import pytest
+from bad_inputs import bad_csv, parameters
 from helpers import REPOSITORY
 
 import train_sklearn_logreg
@@ -66,3 +67,18 @@ def test_too_large_vocabulary_is_reported(data_dir, failing, monkeypatch):
 def test_script_does_not_import_torch():
     code = "import sys, train_sklearn_logreg; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+CASES = [
+    bad_csv(
+        "no words",
+        b"text,label\n" + b"?,0\n!,1\n" * 24,
+        "cannot compute --features counts of the training set: empty vocabulary",
+        scripts="logreg",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "script"), parameters(CASES))
+def test_reviews_without_words_end_in_one_line_and_change_no_file(bad, script, assert_refused):
+    assert_refused(bad, script)

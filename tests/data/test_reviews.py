@@ -1,13 +1,8 @@
 import pandas as pd
 import pytest
+from bad_inputs import POINTER, TWO_REVIEWS, bad_csv, parameters
 
-from finetuning.data.reviews import (
-    count_line,
-    duplicated_in_training_set,
-    iterate_reviews,
-    load_dataframes,
-    read_reviews,
-)
+from finetuning.data.reviews import count_line, duplicated_in_training_set, load_dataframes, read_reviews
 from finetuning.system.errors import UserError
 
 
@@ -85,45 +80,6 @@ def test_read_reviews_refuses_malformed_files(tmp_path, content, message):
         read_reviews(tmp_path / "a.csv")
 
 
-def unquoted(rows, header="text,label", end="\n"):
-    return end.join([header, *rows, ""])
-
-
-FINE = [f"fine {i},{i % 2}" for i in range(26)]
-
-
-@pytest.mark.parametrize(
-    ("content", "review", "rows"),
-    [
-        (unquoted(["good,1", '"Great film,1', *FINE, '"Bad film,0', "dull,0"]), 2, 27),
-        (unquoted(['"Great film,1', '"Bad" film,0', "dull,0"]), 1, 1),
-        (unquoted(['"Great film,1', "bad,0", 'a so-called "film",0', "dull,0"]), 1, 2),
-        (unquoted(['"Great film,1', "bad,0", '"Bad film,0'], end="\r\n"), 1, 2),
-        (unquoted(['"Great film,1', "bad,0", '"Bad film,0'], end="\r"), 1, 2),
-        (unquoted(['"Great film, 1 ', "bad,0", '"Bad film,0'], "text, label"), 1, 2),
-        (unquoted(['1,"Great film', "0,bad", '0,"Bad film'], "label,text"), 1, 2),
-        (unquoted(['7,"Great film,1,x', "8,bad,0,y", '9,"Bad film,0,z'], "id,text,label,more"), 1, 2),
-        (unquoted(['"Alien,great,1', "Brazil,bad,0", '"Clue,dull,0'], "title,text,label"), 1, 2),
-        (unquoted([*FINE] * 200 + ['"Great film,1', "bad,0", '"Bad film,0']), 5201, 2),
-    ],
-)
-def test_texts_with_a_stray_leading_quote_are_refused(tmp_path, content, review, rows):
-    (tmp_path / "a.csv").write_text(content, newline="")
-    with pytest.raises(UserError, match=f"a.csv, review {review}: the quotation mark .* swallows {rows} of the foll"):
-        read_reviews(tmp_path / "a.csv")
-
-
-@pytest.mark.parametrize(("end", "refused"), [('"Bad film', True), ('Bad film"', False)])
-def test_stray_quotes_are_detected_without_a_label_column(tmp_path, end, refused):
-    (tmp_path / "a.csv").write_text(f'text\n"Great film\nfine\n{end}\n')
-    frames = iterate_reviews(tmp_path / "a.csv", ["text"])
-    if refused:
-        with pytest.raises(UserError, match="review 1: the quotation mark it begins with swallows 2"):
-            next(frames)
-    else:
-        assert [text for frame in frames for text in frame["text"]] == ["Great film\nfine\nBad film"]
-
-
 def test_labels_after_spaces_are_integers(tmp_path):
     (tmp_path / "a.csv").write_text("text, label\ngood, 1\nbad,0 \n")
     assert read_reviews(tmp_path / "a.csv")["label"].tolist() == [1, 0]
@@ -138,3 +94,49 @@ def test_duplicated_in_training_set_finds_exact_duplicates_only(tmp_path):
     for split, texts in sets.items():
         pd.DataFrame({"text": texts, "label": 1}).to_csv(tmp_path / f"{split}.csv", index=False)
     assert duplicated_in_training_set(tmp_path).tolist() == [True, False, False]
+
+
+CASES = [
+    bad_csv(
+        "no CSV", None, "cannot find data/train.csv; create the CSV files with: python download_prepare_dataset.py"
+    ),
+    bad_csv("no test CSV", None, "cannot find data/test.csv", split="test"),
+    bad_csv("an empty CSV", b"", "train.csv is not a CSV file in UTF-8"),
+    bad_csv("no rows", b"text,label\n", "train.csv holds no reviews"),
+    bad_csv("no text column", b"review,label\ngood,1\n", "has no column text; its columns are: review, label"),
+    bad_csv("no label column", b"text,sentiment\ngood,1\n", "has no column label", split="validation"),
+    bad_csv("no header", b"good,1\nbad,0\n", "has no column text and no column label"),
+    bad_csv("another separator", b"text;label\ngood;1\n", "has no column text and no column label"),
+    bad_csv("label pos", TWO_REVIEWS + b"fine,pos\n", "train.csv, review 3: label 'pos' is neither 0 (negative) nor 1"),
+    bad_csv("label 2", TWO_REVIEWS + b"fine,2\n", "review 3: label '2'"),
+    bad_csv("label 1.0", TWO_REVIEWS + b"fine,1.0\n", "review 3: label '1.0'"),
+    bad_csv("label NaN", TWO_REVIEWS + b"fine,NaN\n", "review 3: label 'NaN'"),
+    bad_csv("an empty label", TWO_REVIEWS + b"fine,\n", "review 3: label ''"),
+    bad_csv("an empty text", TWO_REVIEWS + b",1\n", "review 3: the text is empty"),
+    bad_csv("a blank text", TWO_REVIEWS + b'" \t\n",1\n', "review 3: the text is empty"),
+    bad_csv("an unclosed quote", TWO_REVIEWS + b'"fine,1\nfine,0\n', "not a CSV file in UTF-8"),
+    bad_csv("too many fields", TWO_REVIEWS + b"fine,1,1,1\n", "not a CSV file in UTF-8"),
+    bad_csv(
+        "one field more in each row", b"text,label\n1,good,1\n2,bad,0\n", "rows have more fields than its first line"
+    ),
+    bad_csv("a truncated row", TWO_REVIEWS + b"fine", "review 3: label ''"),
+    bad_csv("Latin-1", TWO_REVIEWS + "caf\u00e9,1\n".encode("latin-1"), "not a CSV file in UTF-8"),
+    bad_csv("UTF-16", TWO_REVIEWS.decode().encode("utf-16"), "not a CSV file in UTF-8"),
+    bad_csv(
+        "a NUL byte",
+        TWO_REVIEWS + b"fi\0ne,1\n",
+        "review 3: the text holds a NUL byte; the file is damaged",
+        split="test",
+    ),
+    bad_csv("NUL bytes only", bytes(4096), "it is a file of zero bytes"),
+    bad_csv("a Git LFS pointer", POINTER, "data/train.csv is not a CSV file in UTF-8: it is a Git LFS pointer"),
+    bad_csv("a column twice", b"text,label,text\ngood,1,bad\n", "train.csv has the column text 2 times"),
+    bad_csv("a zip file", b"PK\x03\x04\x14\0\0\0\x08\0\xff\xfe", "not a CSV file in UTF-8"),
+    bad_csv("one class", b"text,label\n" + b"good,1\n" * 48, "train.csv holds positive reviews only"),
+    bad_csv("the other class", b"text,label\n" + b"bad,0\n" * 48, "train.csv holds negative reviews only"),
+]
+
+
+@pytest.mark.parametrize(("bad", "script"), parameters(CASES))
+def test_bad_csv_file_ends_in_one_line_and_changes_no_file(bad, script, assert_refused):
+    assert_refused(bad, script)
