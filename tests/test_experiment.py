@@ -6,7 +6,7 @@ from tiny_models import CPU, TINY_CONFIGS, save_encoder
 
 import train_bert_hf
 from finetuning import checkpoint, cli
-from finetuning.experiment import check_batch_size, rounded, select_precision
+from finetuning.experiment import check_batch_size, select_precision
 from finetuning.performance import device, distributed
 from finetuning.reporting import records
 from finetuning.system.errors import UserError
@@ -31,11 +31,6 @@ def test_select_precision_compares_that_of_the_checkpoint(monkeypatch):
         "bf16",
         "as requested; fp32 up to step 7: the numbers differ from those of an uninterrupted run",
     )
-
-
-def test_recorded_history_is_rounded_to_six_digits():
-    history = [{"step": 0, "train_loss": 0.69314718}, {"step": 50, "train_loss": 0.5}]
-    assert rounded(history) == [{"step": 0, "train_loss": 0.693147}, {"step": 50, "train_loss": 0.5}]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from finetuning.system.errors import UserError
 from finetuning.trainable_layers import set_trainable
 from finetuning.training import (
     TrainConfig,
+    TrainState,
     accuracy,
     batch_loss,
     forward_backward,
@@ -192,3 +193,13 @@ def test_has_unused_parameters_leaves_no_side_effects():
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_history_holds_numbers_rounded_to_six_digits():
+    row = {"step": 50, "train_loss": 0.69314718, "validation_loss": 0.5}
+    state = TrainState(losses=[torch.tensor(0.25), 1.23456789], eval_history=[row])
+    assert state.history() == {
+        "losses": [0.25, 1.234568],
+        "eval_history": [{"step": 50, "train_loss": 0.693147, "validation_loss": 0.5}],
+        "epoch_metrics": [],
+    }

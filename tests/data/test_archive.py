@@ -16,10 +16,11 @@ from finetuning.system.files import sha256
 def test_archive_and_extracted_folder_give_the_same_files(small_dataset, tmp_path):
     make_archive(tmp_path / "a.tar.gz", small_dataset)
     for name, content in small_dataset.items():
-        path = tmp_path / "aclImdb" / name
+        path = tmp_path / "downloads" / "extracted" / "aclImdb" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    sources = [tmp_path / "a.tar.gz", tmp_path / "aclImdb", tmp_path, tmp_path.parent]
+    extracted = tmp_path / "downloads" / "extracted"
+    sources = [tmp_path / "a.tar.gz", extracted / "aclImdb", extracted, extracted.parent]
     for i, source in enumerate(sources):
         dataset.main(["--archive", str(source), "--data_dir", str(tmp_path / str(i))])
     digests = [

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from helpers import write_example_record
 
@@ -25,7 +27,8 @@ def test_compare_runs_by_hand(tmp_path):
 def test_compare_runs_refuses_other_test_reviews(tmp_path):
     write_example_record(tmp_path / "a")
     write_example_record(tmp_path / "b", data={"train.csv": "train", "validation.csv": "validation", "test.csv": "new"})
-    with pytest.raises(UserError, match=f"{tmp_path / 'a'} and {tmp_path / 'b'} were tested on different reviews"):
+    expected = re.escape(f"{tmp_path / 'a'} and {tmp_path / 'b'} were tested on different reviews")
+    with pytest.raises(UserError, match=expected):
         compare_runs(tmp_path / "a", tmp_path / "b")
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 
@@ -134,7 +135,7 @@ def test_a_run_refuses_to_replace_the_record_of_another_command(arguments, messa
     run("--save_model")
     before = files(tmp_path / "run")
     capsys.readouterr()
-    with pytest.raises(UserError, match=f"{tmp_path / 'run' / 'record.json'} is the {message}"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "run" / "record.json")) + f" is the {message}"):
         run(*arguments)
     assert capsys.readouterr().out == ""  # refused before training
     assert files(tmp_path / "run") == before
