@@ -10,38 +10,33 @@ from typing import Any
 
 from finetuning.system.errors import UserError
 
-LFS_POINTER = b"version https://git-lfs"
-SIGNATURES = {
-    LFS_POINTER: "a Git LFS pointer, not the file itself (fetch that with: git lfs pull)",
-    b"PK\x03\x04": "a zip file",
-    b"PK\x05\x06": "an empty zip file",
-    b"7z\xbc\xaf\x27\x1c": "a 7z file",
-    b"Rar!": "a RAR file",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xff\xff\xff": "an Arrow file",
-    b"%PDF": "a PDF file",
-    b"SQLite format 3": "an SQLite database",
-    b"\x89HDF": "an HDF5 file",
-    b"\x28\xb5\x2f\xfd": "a Zstandard file",
-    b"\x80\x02": "a pickle",
-    b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
-    b"\xd0\xcf\x11\xe0": "an old Excel file",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-    b"<!doctype html": "a web page",
-    b"<html": "a web page",
-    b"<?xml": "an XML file",
-}
+LFS_POINTER = "a Git LFS pointer, not the file itself (fetch that with: git lfs pull)"
+LFS_SIGNATURE = b"version https://git-lfs"
 EMPTY, ZEROS = "empty", "a file of zero bytes"
-COMPRESSED: dict[bytes, tuple[str, Any]] = {
-    b"\x1f\x8b": ("gzip", gzip.open),
-    b"BZh": ("bzip2", bz2.open),
-    b"\xfd7zXZ\0": ("xz", lzma.open),
-}
 TAR, TAR_MAGIC = "a tar archive", slice(257, 262)  # where a tar archive has "ustar"
+OPENERS: dict[str, Any] = {"a gzip file": gzip.open, "a bzip2 file": bz2.open, "a xz file": lzma.open}
+# Type -> the bytes that its files begin with, or several alternatives.
+SIGNATURES: dict[str, bytes | tuple[bytes, ...]] = {
+    "a gzip file": b"\x1f\x8b",
+    "a bzip2 file": b"BZh",
+    "a xz file": b"\xfd7zXZ\0",
+    LFS_POINTER: LFS_SIGNATURE,
+    "a zip file": b"PK\x03\x04",
+    "an empty zip file": b"PK\x05\x06",
+    "a 7z file": b"7z\xbc\xaf\x27\x1c",
+    "a RAR file": b"Rar!",
+    "a Parquet file": b"PAR1",
+    "an Arrow file": (b"ARROW1", b"\xff\xff\xff\xff"),
+    "a PDF file": b"%PDF",
+    "an SQLite database": b"SQLite format 3",
+    "an HDF5 file": b"\x89HDF",
+    "a Zstandard file": b"\x28\xb5\x2f\xfd",
+    "a pickle": (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+    "an old Excel file": b"\xd0\xcf\x11\xe0",
+    "UTF-16 text": (b"\xff\xfe", b"\xfe\xff"),
+    "a web page": (b"<!doctype html", b"<html"),
+    "an XML file": b"<?xml",
+}
 HEADER_BYTES = 512
 PREVIEW_CHARS = 60
 MAX_NAMES = 5  # listed of a folder
@@ -57,31 +52,26 @@ FOLDER_TYPES = {
 }
 
 
-def is_lfs_pointer(path: str | Path) -> bool:
-    """Return whether a file is a Git LFS pointer, the placeholder of a large file that was not fetched."""
-    with open(path, "rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
-
-
 def refuse_lfs_pointer(path: str | Path) -> None:
-    """Raise UserError if a file exists and is a Git LFS pointer."""
-    if Path(path).is_file() and is_lfs_pointer(path):
-        raise UserError(f"{path} is {SIGNATURES[LFS_POINTER]}")
+    """Raise UserError if a file is a Git LFS pointer, the placeholder of a large file that was not fetched."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            if file.read(len(LFS_SIGNATURE)) == LFS_SIGNATURE:
+                raise UserError(f"{path} is {LFS_POINTER}")
 
 
 def file_type(path: str | Path) -> str | None:
     """Return the type of a file, such as "a zip file", or None if it is plain text or unknown."""
     with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES)
-    for magic, (name, opener) in COMPRESSED.items():
-        if header.startswith(magic):
-            try:
-                with opener(path) as file:
-                    inner = content_type(file.read(HEADER_BYTES))
-            except (EOFError, OSError, zlib.error, lzma.LZMAError):
-                return f"a damaged {name} file"
-            return f"a {name} file of {inner}" if inner else f"a {name} file"
-    return content_type(header)
+        kind = content_type(file.read(HEADER_BYTES))
+    if kind not in OPENERS:
+        return kind
+    try:
+        with OPENERS[kind](path) as file:
+            inner = content_type(file.read(HEADER_BYTES))
+    except (EOFError, OSError, zlib.error, lzma.LZMAError):
+        return f"a damaged {kind.removeprefix('a ')}"
+    return f"{kind} of {inner}" if inner else kind
 
 
 def content_type(header: bytes) -> str | None:
@@ -92,11 +82,9 @@ def content_type(header: bytes) -> str | None:
         return ZEROS
     if header[TAR_MAGIC] == b"ustar":
         return TAR
-    if compressed := [name for magic, (name, _) in COMPRESSED.items() if header.startswith(magic)]:
-        return f"a {compressed[0]} file"
     lowered = header.lstrip().lower()
     return next(
-        (name for magic, name in SIGNATURES.items() if header.startswith(magic) or lowered.startswith(magic)), None
+        (name for name, magic in SIGNATURES.items() if header.startswith(magic) or lowered.startswith(magic)), None
     )
 
 

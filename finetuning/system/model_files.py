@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from finetuning.system.errors import UserError
-from finetuning.system.filetypes import EMPTY, LFS_POINTER, SIGNATURES, ZEROS, file_type, folder_type
+from finetuning.system.filetypes import EMPTY, LFS_POINTER, ZEROS, file_type, folder_type
 from finetuning.system.hub import WEIGHTS
 
 OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.ckpt*", "*.onnx", "*.gguf", "*.pt", "*.pth")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "*.model")  # of tokenizers without tokenizer.json
-INVALID_TYPES = {EMPTY, ZEROS, *(SIGNATURES[magic] for magic in (LFS_POINTER, b"<html", b"<?xml"))}
+INVALID_TYPES = {EMPTY, ZEROS, LFS_POINTER, "a web page", "an XML file"}
 
 
 def check_model_folder(folder: str) -> None:
