@@ -26,18 +26,18 @@ def under_torchrun() -> bool:
 
 def cpu_name() -> str:
     """Return the CPU's model name, or its architecture if the system does not tell the name."""
-    return read_cpuinfo("model name") or platform.processor() or platform.machine()
+    return read_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> set[str]:
     """Return the lower-case names of an x86 CPU's instruction sets on Linux; empty on other systems."""
-    return set(read_cpuinfo("flags").split())
+    return set(read_proc("cpuinfo", "flags").split())
 
 
-def read_cpuinfo(key: str) -> str:
-    """Return the first value of a key in /proc/cpuinfo, or "" if there is none."""
+def read_proc(file: str, key: str) -> str:
+    """Return the first value of a key in a file of /proc, or "" if there is none."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        for line in (PROC / file).read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == key:
                 return value.strip()
@@ -51,11 +51,8 @@ def usable_cpus() -> int:
 
 def available_memory() -> int:
     """Return the bytes of memory that are free, within a container's limit; 0 if the system is not Linux."""
-    with contextlib.suppress(OSError):
-        for line in (PROC / "meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return max(0, min([int(line.split()[1]) * 1024, *cgroup_free_bytes()]))
-    return 0
+    available = read_proc("meminfo", "MemAvailable").removesuffix("kB")
+    return max(0, min([int(available) * 1024, *cgroup_free_bytes()])) if available else 0
 
 
 def cgroup_free_bytes() -> Iterator[int]:
@@ -107,15 +104,14 @@ def git_commit() -> str | None:
 
     Records of runs and benchmarks do not count: a run that replaces one does not change the code.
     """
-    repository = Path(__file__).parents[2]
-    changes = ["--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!benchmarks/*.json"]
+
+    def git(arguments: str) -> str:
+        command, folder = ["git", *arguments.split()], Path(__file__).parents[2]
+        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+
     try:
-        commit, status = (
-            subprocess.run(
-                ["git", *arguments], cwd=repository, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", *changes])
-        )
+        commit = git("rev-parse HEAD")
+        changes = git("status --porcelain --untracked-files=no -- . :!results :!benchmarks/*.json")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if status else "")
+    return commit + ("+" if changes else "")
