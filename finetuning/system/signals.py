@@ -16,9 +16,7 @@ class Terminated(KeyboardInterrupt):
     """Exception for SIGTERM, which a scheduler or `kill` sends, as KeyboardInterrupt is for Ctrl-C."""
 
 
-def exception_for_signal(number: int) -> KeyboardInterrupt:
-    """Return the exception that a signal raises."""
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+EXCEPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
@@ -28,7 +26,7 @@ def exit_status(error: KeyboardInterrupt) -> int:
 
 def raise_terminated(number, frame):
     """Handle SIGTERM by raising, so that `finally` blocks remove temporary files."""
-    raise exception_for_signal(number)
+    raise Terminated
 
 
 @contextmanager
@@ -41,11 +39,11 @@ def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
 
     def handler(number, frame):
         if pending:
-            raise exception_for_signal(number)
-        pending.append(exception_for_signal(number))
+            raise EXCEPTIONS[number]
+        pending.append(EXCEPTIONS[number]())
         os.write(sys.__stderr__.fileno(), DEFERRED_MESSAGE)  # print() is not reentrant in a signal handler
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in EXCEPTIONS}
     try:
         yield pending
     finally:
