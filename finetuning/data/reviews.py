@@ -99,22 +99,18 @@ def iterate_reviews(
             is_malformed = cache(partial(has_stray_quotes, path, ENCODING, has_spaces))
             # Strings without missing values: a review may read "None" or "NA".
             settings = {"dtype": str, "keep_default_na": False, "encoding": ENCODING, "skipinitialspace": has_spaces}
-            is_empty = True
             with pd.read_csv(file, **settings, chunksize=chunk_size or CHUNK_SIZE) as chunks:
                 for chunk in chunks:
+                    if not len(chunk):  # the first and only one
+                        raise UserError(f"{path} holds no reviews")
                     # If rows have more fields than the header, pandas uses the first fields as the index.
                     if not isinstance(chunk.index, pd.RangeIndex):
                         raise UserError(f"{path} is not a CSV file: its rows have more fields than its first line")
                     chunk.columns = names
                     check_quotes(chunk, path, is_malformed)
-                    reviews = validate(chunk, path, columns)
-                    if len(reviews):
-                        is_empty = False
-                        yield reviews
+                    yield validate(chunk, path, columns)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    if is_empty:
-        raise UserError(f"{path} holds no reviews")
 
 
 def read_header(path: str | Path, columns, start: bytes) -> tuple[list[str], bool]:
@@ -142,19 +138,16 @@ def read_header(path: str | Path, columns, start: bytes) -> tuple[list[str], boo
 
 def validate(chunk: pd.DataFrame, path: str | Path, columns) -> pd.DataFrame:
     """Return the `columns` of a chunk, `label` as integers; raises UserError for empty texts and other labels."""
-    damaged = chunk[chunk["text"].str.contains("\0", regex=False)]
-    if len(damaged):
-        raise UserError(f"{path}, review {damaged.index[0] + 1}: the text holds a NUL byte; the file is damaged")
-    blank = chunk[chunk["text"].str.strip() == ""]
-    if len(blank):
-        raise UserError(f"{path}, review {blank.index[0] + 1}: the text is empty")
-    if "label" not in columns:
-        return chunk[[*columns]]
-    suspect = chunk[~chunk["label"].isin(["0", "1"])]
-    invalid = suspect[~suspect["label"].str.strip().isin(["0", "1"])]
-    if len(invalid):
-        raise UserError(
-            f"{path}, review {invalid.index[0] + 1}: label {invalid['label'].iloc[0]!r} "
-            "is neither 0 (negative) nor 1 (positive)"
-        )
-    return chunk[[*columns]].astype({"label": int})
+    problems = {
+        "the text holds a NUL byte; the file is damaged": chunk["text"].str.contains("\0", regex=False),
+        "the text is empty": chunk["text"].str.strip() == "",
+    }
+    if "label" in columns:
+        is_label = chunk["label"].str.strip().isin(["0", "1"])
+        problems["label {label!r} is neither 0 (negative) nor 1 (positive)"] = ~is_label
+    for problem, is_affected in problems.items():
+        if is_affected.any():
+            row = chunk[is_affected].iloc[0]
+            raise UserError(f"{path}, review {row.name + 1}: {problem.format(label=row.get('label'))}")
+    reviews = chunk[[*columns]]
+    return reviews.astype({"label": int}) if "label" in columns else reviews
