@@ -17,9 +17,9 @@ import pandas as pd
 from finetuning.cli import ArgumentParser, run_main, user_path
 from finetuning.data.archive import FOLDERS, decode, read_archive, read_folder
 from finetuning.data.reviews import csv_paths
-from finetuning.system.download import RemoteFile, download, md5
+from finetuning.system.download import RemoteFile, download
 from finetuning.system.errors import UserError
-from finetuning.system.files import atomic_write, exclusive_dir
+from finetuning.system.files import atomic_write, exclusive_dir, hex_digest
 
 OFFICIAL = RemoteFile(
     "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
@@ -69,7 +69,7 @@ def fetch_archive(archive: str, data_dir: Path) -> Path:
         return Path(archive)
     source = OFFICIAL if archive == OFFICIAL.url else RemoteFile(archive)
     target = data_dir / (Path(archive.partition("?")[0]).name or "archive")
-    if not (source.md5 and target.is_file() and md5(target) == source.md5):
+    if not (source.md5 and target.is_file() and hex_digest(target, "md5") == source.md5):
         download(source, target)
     return target
 

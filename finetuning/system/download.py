@@ -1,6 +1,5 @@
 """Download of a large file: retried and resumed if the connection breaks, verified at the end."""
 
-import hashlib
 import os
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from finetuning.system.console import print_status
 from finetuning.system.errors import UserError
-from finetuning.system.files import report_disk_errors
+from finetuning.system.files import hex_digest, report_disk_errors
 from finetuning.system.network import misconfigured_variable
 
 TIMEOUT = 10, 30  # seconds: to connect, and between two bytes
@@ -26,7 +25,7 @@ class RemoteFile(NamedTuple):
 
     url: str
     size: int | None = None  # bytes
-    md5: str | None = None
+    md5: str | None = None  # hexadecimal
 
 
 class IncompleteDownload(Exception):
@@ -118,7 +117,7 @@ def verify(remote: RemoteFile, part: Path) -> None:
     """Delete `part` and raise IncompleteDownload if its size or digest differs from the expected one."""
     if remote.size and file_size(part) != remote.size:
         problem = f"received {file_size(part):,} bytes instead of {remote.size:,}"
-    elif remote.md5 and md5(part) != remote.md5:
+    elif remote.md5 and hex_digest(part, "md5") != remote.md5:
         problem = "the file received is not the official archive (its MD5 differs)"
     else:
         return
@@ -147,9 +146,3 @@ def root_cause(error: Exception) -> object:
 def file_size(path: Path) -> int:
     """Return the size of a file in bytes, 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-def md5(path: str | Path) -> str:
-    """Return the hexadecimal MD5 digest of a file, which is what is published of the archive."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

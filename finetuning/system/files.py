@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -139,7 +140,10 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def sha256(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 digest of a file."""
+def hex_digest(path: str | Path, algorithm: str) -> str:
+    """Return the hexadecimal digest of a file by an algorithm of hashlib."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+sha256 = partial(hex_digest, algorithm="sha256")
