@@ -102,10 +102,7 @@ def read_params(path: str | Path) -> dict:
 
 
 def insert(params: dict, name: str, array: np.ndarray) -> None:
-    """Store an array under its name in the book's layout.
-
-    For example, "h.0.attn.c_attn.weight" is stored as `params["blocks"][0]["attn"]["c_attn"]["w"]`.
-    """
+    """Store an array in the book's layout: "h.0.ln_1.weight" as `params["blocks"][0]["ln_1"]["g"]`."""
     name = name.removeprefix("transformer.")
     match = IN_BLOCK.fullmatch(name)
     if not match:

@@ -36,10 +36,7 @@ def load_dataframes(data_dir: str | Path = ".") -> tuple[pd.DataFrame, ...]:
 
 
 def check_dataset(data_dir: str | Path = ".") -> int:
-    """Raise the UserError that `load_dataframes` would raise; return the number of training reviews.
-
-    Holds one chunk of reviews in memory.
-    """
+    """Check the files like `load_dataframes`, one chunk in memory at a time; return the number of training reviews."""
     check_files_exist(data_dir)
     train, *others = csv_paths(data_dir)
     labels = np.concatenate([chunk["label"] for chunk in iterate_reviews(train)])

@@ -49,11 +49,7 @@ def atomic_write(*paths: str | Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def atomic_write_dir(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` when the block succeeds.
-
-    If the block fails, the temporary folder is removed and `folder` stays. Raises UserError, naming
-    the disk, if it is full or read-only.
-    """
+    """Yield a temporary folder that replaces `folder` when the block succeeds; failures are as in `atomic_write`."""
     target = Path(folder)
     temporary = target.with_name(f".{target.name}.tmp")
     with report_disk_errors(target.parent):

@@ -9,7 +9,6 @@ from finetuning.system.errors import UserError
 from finetuning.system.files import sha256
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def check_cached_weights(repository: str) -> None:
@@ -23,7 +22,7 @@ def check_cached_weights(repository: str) -> None:
         if not isinstance(cached, str):
             continue
         blob = Path(cached).resolve()
-        if SHA256.fullmatch(blob.name) and sha256(blob) != blob.name:
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
             raise UserError(
                 f"{filename} of {repository} in the Hugging Face cache is damaged (its SHA-256 differs); "
                 f"delete {blob} and run again"
