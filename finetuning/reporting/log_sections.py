@@ -57,7 +57,7 @@ def published_log(log: PublishedLog, test_accuracy: float) -> str:
         )
     lines = [
         step_line(1, {"step": step, "train_loss": train, "validation_loss": validation})
-        for step, (train, validation) in zip(PUBLISHED_STEPS, log.losses, strict=False)
+        for step, train, validation in zip(PUBLISHED_STEPS, log.losses[::2], log.losses[1::2], strict=False)
     ]
     lines[2:2] = ["..."]
     if log.epoch:
