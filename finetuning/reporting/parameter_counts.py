@@ -10,7 +10,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "distilbert/distilbert-base-uncased": {"model_type": "distilbert"},
     "FacebookAI/roberta-large": {
         "model_type": "roberta",
-        "vocab_size": 50265,
         "hidden_size": 1024,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
@@ -20,12 +19,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "microsoft/deberta-v3-base": {
         "model_type": "deberta-v2",
-        "vocab_size": 128100,
         "hidden_size": 768,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
         "intermediate_size": 3072,
-        "type_vocab_size": 0,
         "relative_attention": True,
         "position_buckets": 256,
         "norm_rel_ebd": "layer_norm",
