@@ -40,12 +40,12 @@ with default_settings():
     import matplotlib
 from matplotlib import font_manager  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, PercentFormatter  # noqa: E402
 
 CURVES = "curves.svg"
 EXCLUDED_FONTS = ("last resort", "color emoji")  # placeholders and bitmaps
 MAX_LOSS_POINTS = 100  # of a training curve; each is the mean loss of a number of steps
 BLUE, ORANGE, GREY = "#0b5394", "#c55a11", "#777777"
+BESIDE: dict[str, Any] = {"textcoords": "offset points", "verticalalignment": "center"}  # of a point's label
 
 
 class Point(NamedTuple):
@@ -65,7 +65,6 @@ def plot_run(folder: str | Path) -> None:
     figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
     for axes, plot_panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         plot_panel(axes, record, predictions)
-        axes.spines[["top", "right"]].set_visible(False)
     title, style = drawable(f"{record['name']}: {record['accuracy']['test']:.2%} of the test reviews")
     wide = any(unicodedata.east_asian_width(character) in "WF" for character in title)
     figure.suptitle(textwrap.fill(title, 55 * len(panels) // (1 + wide)), **style)
@@ -78,12 +77,9 @@ def plot_losses(axes, record: dict, predictions: pd.DataFrame) -> None:
     windows = np.array_split(losses, min(MAX_LOSS_POINTS, len(losses)))
     ends = np.cumsum([len(window) for window in windows])
     axes.plot(ends, [window.mean() for window in windows], color=GREY, linewidth=0.8, label="training batches")
-    steps = [point["step"] for point in record["eval_history"]]
-    for key, color, label in [
-        ("train_loss", BLUE, "training, evaluated"),
-        ("validation_loss", ORANGE, "validation, evaluated"),
-    ]:
-        axes.plot(steps, [point[key] for point in record["eval_history"]], color=color, linewidth=1.2, label=label)
+    history = pd.DataFrame(record["eval_history"], columns=["step", "train_loss", "validation_loss"])
+    axes.plot(history["step"], history["train_loss"], color=BLUE, linewidth=1.2, label="training, evaluated")
+    axes.plot(history["step"], history["validation_loss"], color=ORANGE, linewidth=1.2, label="validation, evaluated")
     axes.set(xlabel="steps", ylabel="loss (nats)", ylim=(0, None))
     axes.legend(frameon=False)
 
@@ -97,7 +93,7 @@ def plot_reliability(axes, record: dict, predictions: pd.DataFrame) -> None:
     axes.scatter(confidence, accuracy, s=4 + 150 * counts / counts.max(), color=BLUE, alpha=0.8)
     axes.set(xlabel="confidence (area: number of reviews)", ylabel="accuracy")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_formatter("{x:.0%}")
     error = record["calibration"]["expected_calibration_error"]
     axes.text(0.52, 0.97, f"expected calibration error {error:.3f}", verticalalignment="top")
 
@@ -114,27 +110,18 @@ def plot_experiments(points: Iterable[Point], footnote: str, path: Path) -> None
         else:
             axes.plot(point.minutes, point.accuracy, "o", color=ORANGE, markerfacecolor="none")
         label, style = drawable(point.label)
-        axes.annotate(
-            label,
-            (point.minutes, point.accuracy),
-            xytext=(7, 0),
-            textcoords="offset points",
-            fontsize=9,
-            verticalalignment="center",
-            **style,
-        )
+        axes.annotate(label, (point.minutes, point.accuracy), xytext=(7, 0), fontsize=9, **BESIDE, **style)
     axes.plot([], [], "o", color=BLUE, label="measured, with 95% interval")
     axes.plot([], [], "o", color=ORANGE, markerfacecolor="none", label="published")
     axes.legend(frameon=False, loc="lower right")
     axes.set_xscale("log")
     axes.margins(x=0.25)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda minutes, _: f"{minutes:g}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.0%}")
     footnote, style = drawable(footnote)
     axes.set_xlabel(f"training time (minutes, on different hardware: see docs/hardware.md)\n{footnote}", **style)
     axes.set_ylabel("test accuracy")
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
 
@@ -144,17 +131,15 @@ def plot_demo(records: dict[str, dict], path: Path) -> None:
     losses, accuracies = figure.subplots(1, 2)
     for color, (name, record) in zip((GREY, BLUE, ORANGE), records.items(), strict=True):
         if record["eval_history"]:
-            reviews = [point["step"] * record["arguments"]["batch_size"] for point in record["eval_history"]]
-            values = [point["validation_loss"] for point in record["eval_history"]]
-            losses.plot(reviews, values, color=color, label=name)
+            history = pd.DataFrame(record["eval_history"])
+            reviews = history["step"] * record["arguments"]["batch_size"]
+            losses.plot(reviews, history["validation_loss"], color=color, label=name)
         accuracy, (low, high) = record["accuracy"]["test"], record["test_interval_95"]
         accuracies.errorbar(name, accuracy, yerr=[[accuracy - low], [high - accuracy]], fmt="o", color=color, capsize=3)
-        accuracies.annotate(
-            f"{accuracy:.1%}", (name, accuracy), xytext=(9, 0), textcoords="offset points", verticalalignment="center"
-        )
+        accuracies.annotate(f"{accuracy:.1%}", (name, accuracy), xytext=(9, 0), **BESIDE)
     losses.set(xlabel="reviews trained on", ylabel="validation loss (nats)", ylim=(0, 1))
     losses.legend(frameon=False)
-    losses.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    losses.xaxis.set_major_formatter("{x:,.0f}")
     for axes, chance in ((losses, np.log(2)), (accuracies, 0.5)):
         axes.axhline(chance, color=GREY, linewidth=0.8, linestyle="--")
         axes.annotate(
@@ -169,9 +154,7 @@ def plot_demo(records: dict[str, dict], path: Path) -> None:
         )
     accuracies.set(ylabel="test accuracy, with 95% interval", ylim=(0.45, 1))
     accuracies.margins(x=0.2)
-    accuracies.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for axes in (losses, accuracies):
-        axes.spines[["top", "right"]].set_visible(False)
+    accuracies.yaxis.set_major_formatter("{x:.0%}")
     figure.suptitle("DEMO: synthetic reviews, small models from random weights")
     save_figure(figure, path)
 
@@ -223,6 +206,8 @@ def to_ascii(character: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write an SVG file; equal figures give identical bytes."""
+    """Write an SVG file without frames on top and right; equal figures give identical bytes."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     with matplotlib.rc_context({"svg.hashsalt": path.name}), atomic_write(path) as (temporary,):
         figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
