@@ -2,17 +2,12 @@
 
 from pathlib import Path
 
+from finetuning.reporting import tables
 from finetuning.reporting.comparison import compare_runs
 from finetuning.reporting.experiments import EXPERIMENTS, PUBLISHED_SPLIT
 from finetuning.reporting.log_sections import code_block, log_section
 from finetuning.reporting.plots import Point, plot_experiments, plot_run
-from finetuning.reporting.tables import (
-    minimum_detectable_difference,
-    recorded,
-    results_table,
-    splits_table,
-    times_table,
-)
+from finetuning.reporting.tables import recorded
 from finetuning.system.errors import UserError
 from finetuning.system.files import atomic_write
 
@@ -31,11 +26,9 @@ def write_pages(root: Path) -> None:
     """Write the generated sections of all PAGES and the figures of all runs."""
     results = root / "results"
     for page, (language, names) in PAGES.items():
-        prefix = "../" * page.count("/")  # links are relative to the page
-        sections = {name: section(name, results, language) for name in names}
-        replace_sections(
-            root / page, {name: text.replace("](results/", f"]({prefix}results/") for name, text in sections.items()}
-        )
+        link = f"]({'../' * page.count('/')}results/"  # relative to the page
+        sections = {name: section(name, results, language).replace("](results/", link) for name in names}
+        replace_sections(root / page, sections)
     for experiment in EXPERIMENTS:
         for record in recorded(experiment, results):
             plot_run((root / record).parent)
@@ -48,12 +41,12 @@ def section(name: str, results: Path, language: str) -> str:
     if kind == "log":
         return log_section(PUBLISHED_SPLIT[int(number) - 1], results, language)
     return {
-        "results": lambda: results_table(PUBLISHED_SPLIT[:8], results, language),
-        "additions": lambda: results_table(PUBLISHED_SPLIT[8:], results, language),
-        "significance": lambda: minimum_detectable_difference(PUBLISHED_SPLIT, worse=4, better=6),
+        "results": lambda: tables.results_table(PUBLISHED_SPLIT[:8], results, language),
+        "additions": lambda: tables.results_table(PUBLISHED_SPLIT[8:], results, language),
+        "significance": lambda: tables.minimum_detectable_difference(PUBLISHED_SPLIT, worse=4, better=6),
         "comparison": lambda: comparison_section(results),
-        "splits": lambda: splits_table(EXPERIMENTS, results),
-        "times": lambda: times_table(EXPERIMENTS, results, results.parent / BENCHMARKS),
+        "splits": lambda: tables.splits_table(EXPERIMENTS, results),
+        "times": lambda: tables.times_table(EXPERIMENTS, results, results.parent / BENCHMARKS),
     }[kind]()
 
 
