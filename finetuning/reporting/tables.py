@@ -98,14 +98,13 @@ def splits_table(experiments: Sequence[Experiment], results: Path) -> str:
         records = recorded(experiment, results)
         if experiment.data_dir != "." or not records:
             continue
-        has_official = experiment.name in official
         rows.append(
             [
                 str(experiment.number),
                 experiment.title,
                 link(f"{record_mean(records, 'accuracy', 'test'):.2%}", records),
                 f"{record_mean(records, 'duplicates', 'accuracy_without'):.2%}",
-                accuracy_cell(official[experiment.name], results, STRINGS["en"]) if has_official else "",
+                accuracy_cell(official[experiment.name], results, STRINGS["en"]) if experiment.name in official else "",
                 f"{record_mean(records, 'calibration', 'log_loss'):.3f}",
                 f"{record_mean(records, 'calibration', 'expected_calibration_error'):.3f}",
             ]
@@ -114,10 +113,9 @@ def splits_table(experiments: Sequence[Experiment], results: Path) -> str:
     return markdown_table([*columns, "log loss", "calibration error"], rows)
 
 
-def record_mean(records: dict[str, dict], *keys: str) -> float:
-    """Return the mean over records of the value under `keys`."""
-    first, second = keys
-    return statistics.fmean(record[first][second] for record in records.values())
+def record_mean(records: dict[str, dict], group: str, key: str) -> float:
+    """Return the mean over records of a value, such as "test" in the group "accuracy"."""
+    return statistics.fmean(record[group][key] for record in records.values())
 
 
 def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Path) -> str:
@@ -166,17 +164,15 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 def minimum_detectable_difference(experiments: Sequence[Experiment], worse: int, better: int) -> str:
     """Return a sentence on which differences are significant, with two published results as the example."""
-    by_number = {experiment.number: experiment for experiment in experiments}
     total = REVIEWS["."]["test"]
-    published = {experiment.number: experiment.published / 100 for experiment in experiments if experiment.published}
-    p, q = published[worse], published[better]
+    published = {each.number: (each.title, each.published / 100) for each in experiments if each.published}
+    (worse_title, p), (better_title, q) = published[worse], published[better]
     # Without their predictions the two count as independent, which overestimates the sampling error.
     error = math.sqrt((p * (1 - p) + q * (1 - q)) / total)
     return (
         f"On {total:,} test reviews, two accuracies near {100 * q:.0f}% differ by more than sampling error if they "
         f"are {100 * Z_95 * error:.1f} points apart, or less if both models fail on the same reviews. "
-        f"{by_number[worse].title} at {p:.2%} and {by_number[better].title} at {q:.2%} differ by "
-        f"{100 * (q - p):.2f} points: a significant difference between these two runs "
-        f"(p = {math.erfc((q - p) / error / math.sqrt(2)):.3f} or less). "
+        f"{worse_title} at {p:.2%} and {better_title} at {q:.2%} differ by {100 * (q - p):.2f} points: a significant "
+        f"difference between these two runs (p = {math.erfc((q - p) / error / math.sqrt(2)):.3f} or less). "
         "One run each does not tell how much another seed would change."
     )
