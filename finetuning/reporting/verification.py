@@ -62,14 +62,8 @@ def check_statistics(record: dict, predictions: pd.DataFrame) -> list[Check]:
 def check_labels(record: dict, predictions: pd.DataFrame, repository: Path) -> Check:
     """Compare the labels with those of a local test.csv that has the recorded digest."""
     digest, data_dir = record["data"]["test.csv"], record["arguments"].get("data_dir", ".")
-    path = next(
-        (
-            path
-            for path in (Path(data_dir, "test.csv"), repository / data_dir / "test.csv")
-            if path.is_file() and sha256(path) == digest
-        ),
-        None,
-    )
+    candidates = Path(data_dir, "test.csv"), repository / data_dir / "test.csv"
+    path = next((path for path in candidates if path.is_file() and sha256(path) == digest), None)
     if path is None:
         return Check("labels", None, f"there is no {Path(data_dir, 'test.csv')} with the SHA-256 {digest}")
     labels = pd.read_csv(path, usecols=["label"])["label"]
