@@ -52,15 +52,8 @@ from finetuning.system.filetypes import refuse_lfs_pointer
 
 RECORD, PREDICTIONS, MODEL = "record.json", "test_predictions.csv", "model"
 # Arguments that may differ between two runs of the same command.
-IGNORED_ARGUMENTS = {
-    "resume",
-    "checkpoint_minutes",
-    "output_dir",
-    "models_dir",
-    "micro_batch_size",
-    "tensorboard",
-    "save_model",
-}
+IGNORED_ARGUMENTS = {"resume", "checkpoint_minutes", "output_dir", "models_dir", "micro_batch_size", "tensorboard",
+                     "save_model"}  # fmt: skip
 NUMBER = (int, float)
 # Type of each value: one type, a tuple of alternatives, or a dictionary of required keys.
 SCHEMA = {
@@ -150,11 +143,7 @@ def reviews_per_second(num_trained: int, num_evaluated: int, seconds: dict[str, 
 
 
 def write_record(
-    folder: str | Path,
-    record: dict,
-    duplicated: ArrayLike,
-    labels: ArrayLike,
-    probabilities: ArrayLike,
+    folder: str | Path, record: dict, duplicated: ArrayLike, labels: ArrayLike, probabilities: ArrayLike
 ) -> None:
     """Add the test statistics to `record`; write it and the test predictions, and remove an older saved model.
 
