@@ -39,14 +39,13 @@ def select_device(name: str = "auto") -> torch.device:
     if distributed.world_size() > 1:
         device = distributed.local_device(device)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # for libraries that use the current device
+        torch.cuda.set_device(device)  # for `synchronize` and libraries, which use the current device
     return device
 
 
 def device_count(device_type: str) -> int:
     """Return how many devices of a type PyTorch can use."""
-    counts = {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count, "cpu": lambda: 1}
-    return counts.get(device_type, lambda: 0)()
+    return torch.get_device_module(device_type).device_count() if device_type in DEVICE_TYPES else 0
 
 
 def select_precision(name: str, device: torch.device) -> tuple[str, str]:
@@ -191,16 +190,13 @@ def set_matmul_precision(precision: str) -> None:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work, as timing requires."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    torch.get_device_module(device).synchronize()
 
 
 def empty_cache(device: torch.device) -> None:
     """Release the memory that PyTorch's allocator caches on a GPU."""
     if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
+        torch.get_device_module(device).empty_cache()
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -211,17 +207,13 @@ def peak_memory(device: torch.device) -> int | None:
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Return the state of every generator that training uses: {device type: uint8 tensor}."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """Restore what `get_rng_state` returned for a device of the same type."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state["mps"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device.type], device)
