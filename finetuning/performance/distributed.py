@@ -13,15 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    contextmanager,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-    suppress,
-)
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,12 +69,10 @@ def process_group() -> Iterator[None]:
         backend, store=store(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )
     store().set(f"process {rank()}", f"{platform.node()} {os.getpid()}")
-    with ExitStack() as stack:
-        if not is_main_process():
-            devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(devnull))
-            stack.enter_context(redirect_stderr(devnull))
-        yield
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
+        stdout, stderr = (sys.stdout, sys.stderr) if is_main_process() else (devnull, devnull)
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            yield
     # Only after success: destroying the group after a failure could wait for the other ranks.
     store().set(f"process {rank()}", "")
     dist.destroy_process_group()
