@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from finetuning.data.batching import IMDbDataset, batches_by_token_budget
+from finetuning.data.batching import Batch, IMDbDataset, batches_by_token_budget
 from finetuning.performance import distributed
 from finetuning.performance.device import get_rng_state
 from finetuning.performance.inference import Classifier, inference_context, predict_logits, retry_in_smaller_batches
@@ -49,19 +49,8 @@ def cache_frozen_outputs(
     return classifier, [*datasets]
 
 
-class FeatureBatch(NamedTuple):
-    """A batch of vectors that the head reads, in place of token ids."""
-
-    features: torch.Tensor  # (batch, width) float32
-    labels: torch.Tensor  # (batch,) int64
-
-    def to(self, device: torch.device) -> "FeatureBatch":
-        """Return the batch on another device."""
-        return FeatureBatch(*(tensor.to(device) for tensor in self))
-
-
 class FeatureDataset:
-    """Reviews as feature vectors (reviews, width), with the interface of IMDbDataset."""
+    """Reviews as vectors that the head reads (reviews, width) float32, with the interface of IMDbDataset."""
 
     def __init__(self, features: torch.Tensor, lengths: np.ndarray, labels: np.ndarray):
         self.features = features
@@ -80,10 +69,11 @@ class FeatureDataset:
         """Return the first `count` reviews."""
         return FeatureDataset(self.features[:count], self.lengths[:count], self.labels[:count])
 
-    def collate(self, indices) -> FeatureBatch:
-        """Return the reviews at `indices`."""
-        indices = torch.as_tensor(indices)
-        return FeatureBatch(self.features[indices], torch.from_numpy(self.labels[indices.numpy()]))
+    def collate(self, indices) -> Batch:
+        """Return the reviews at `indices`, their vectors (batch, width) in place of token ids."""
+        indices = np.asarray(indices)
+        lengths, labels = torch.from_numpy(self.lengths[indices]), torch.from_numpy(self.labels[indices])
+        return Batch(self.features[indices], None, lengths, labels)
 
 
 def is_deterministic(classifier: Classifier, dataset: IMDbDataset) -> bool:
@@ -106,16 +96,11 @@ def extract_features(classifier: Classifier, head: nn.Module, *datasets: IMDbDat
     """
     with replaced_by_identity(head, classifier.model):
         features = [predict_logits(dataset, classifier) for dataset in datasets]
-    head_only = Classifier(head, head_logits, classifier.device, classifier.precision)
+    head_only = Classifier(head, lambda head, batch: head(batch.input_ids), classifier.device, classifier.precision)
     return head_only, [
         FeatureDataset(vectors, dataset.lengths, dataset.labels)
         for vectors, dataset in zip(features, datasets, strict=True)
     ]
-
-
-def head_logits(head, batch):
-    """Return the logits (batch, classes) of a FeatureBatch."""
-    return head(batch.features)
 
 
 @contextmanager
