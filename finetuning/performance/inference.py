@@ -103,29 +103,23 @@ def retry_in_smaller_batches(
         while len(batch):
             length = max(1, int(lengths[batch[0]]))
             indices = batch[: max(1, classifier.eval_tokens // length)]
-            result, error = attempt(compute, indices)
-            if error is None:
+            try:
+                result = compute(indices)
+            except (RuntimeError, MemoryError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                error.__traceback__ = None  # its frames would keep the tensors of the failed attempt
+                empty_cache(classifier.device)
+                if len(indices) == 1:
+                    raise UserError(
+                        f"out of memory for a single review of {length} tokens on {classifier.device}; free the memory "
+                        "that other programs use, or take a smaller model or a shorter --context_length"
+                    ) from error
+                classifier.max_eval_tokens = len(indices) * length // 2
+                print_status(
+                    f"Out of memory with {len(indices)} reviews per batch; evaluating {classifier.eval_tokens:,} "
+                    "tokens at a time"
+                )
+            else:
                 yield indices, result
                 batch = batch[len(indices) :]
-                continue
-            empty_cache(classifier.device)
-            if len(indices) == 1:
-                raise UserError(
-                    f"out of memory for a single review of {length} tokens on {classifier.device}; free the memory "
-                    "that other programs use, or take a smaller model or a shorter --context_length"
-                ) from error
-            classifier.max_eval_tokens = len(indices) * length // 2
-            print_status(
-                f"Out of memory with {len(indices)} reviews per batch; evaluating {classifier.eval_tokens:,} tokens "
-                "at a time"
-            )
-
-
-def attempt(compute, indices):
-    """Return (result, None), or (None, error) if memory ran out."""
-    try:
-        return compute(indices), None
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None, error.with_traceback(None)  # the frames would keep the tensors of the failed attempt
