@@ -57,21 +57,13 @@ def main(argv=None):
 def parse_args(argv=None):
     """Parse the command line."""
     parser = ArgumentParser(description="Classify texts with the saved model of a run.")
-    parser.add_argument(
-        "run_folder", type=user_path, metavar="RUN_FOLDER", help="folder of a run that was started with --save_model"
-    )
-    parser.add_argument(
-        "texts", nargs="*", metavar="TEXT", help="a text to classify (default: each line of standard input)"
-    )
-    parser.add_argument(
-        "--csv", type=user_path, metavar="FILE", help="classify the column `text` of a CSV file (default: none)"
-    )
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="print the words with the largest contributions to the log-odds of a linear model",
-    )
-    parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
+    add = parser.add_argument
+    add("run_folder", type=user_path, metavar="RUN_FOLDER", help="folder of a run that was started with --save_model")
+    add("texts", nargs="*", metavar="TEXT", help="a text to classify (default: each line of standard input)")
+    add("--csv", type=user_path, metavar="FILE", help="classify the column `text` of a CSV file (default: none)")
+    explain = "print the words with the largest contributions to the log-odds of a linear model"
+    add("--explain", action="store_true", help=explain)
+    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
     args = parser.parse_intermixed_args(argv)  # texts may come before and after the flags
     if args.csv and args.texts:
         parser.error("choose one: texts or --csv")

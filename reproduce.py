@@ -78,37 +78,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = ArgumentParser(description="Run the experiments, compare and verify runs, update the READMEs.")
     numbers = sorted({experiment.number for experiment in EXPERIMENTS})
-    parser.add_argument(
-        "experiments",
-        nargs="*",
-        type=int,
-        metavar="N",
-        help=f"experiments to run, {numbers[0]} to {numbers[-1]} (default: all); skips those recorded with the same "
-        "command, data and versions",
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=seed_int, default=[SEED], metavar="SEED", help="run each experiment with each seed"
-    )
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        type=user_path,
-        metavar=("RUN_A", "RUN_B"),
-        help="compare the test predictions in the folders of two runs",
-    )
-    parser.add_argument(
-        "--csv", type=user_path, metavar="FILE", help="with --compare: write all reviews on which the runs disagree"
-    )
-    parser.add_argument(
-        "--verify",
-        type=user_path,
-        metavar="RUN",
-        help="check a run's record against its predictions, test.csv, command, commit and versions",
-    )
-    parser.add_argument("--update_readme", action="store_true", help="render the tables and figures from results/")
-    parser.add_argument(
-        "--demo", action="store_true", help="run a demo on synthetic reviews in demo/: about a minute, offline"
-    )
+    add = parser.add_argument
+    skipped = "skips those recorded with the same command, data and versions"
+    experiments = f"experiments to run, {numbers[0]} to {numbers[-1]} (default: all); {skipped}"
+    add("experiments", nargs="*", type=int, metavar="N", help=experiments)
+    add("--seeds", nargs="+", type=seed_int, default=[SEED], metavar="SEED", help="run each experiment with each seed")
+    compare = "compare the test predictions in the folders of two runs"
+    add("--compare", nargs=2, type=user_path, metavar=("RUN_A", "RUN_B"), help=compare)
+    add("--csv", type=user_path, metavar="FILE", help="with --compare: write all reviews on which the runs disagree")
+    verify = "check a run's record against its predictions, test.csv, command, commit and versions"
+    add("--verify", type=user_path, metavar="RUN", help=verify)
+    add("--update_readme", action="store_true", help="render the tables and figures from results/")
+    add("--demo", action="store_true", help="run a demo on synthetic reviews in demo/: about a minute, offline")
     args = parser.parse_args(argv)
     if unknown := set(args.experiments) - set(numbers):
         parser.error(f"there is no experiment {min(unknown)}; choose from {numbers[0]} to {numbers[-1]}")

@@ -133,12 +133,8 @@ def main(argv=None):
 def parse_args(argv=None):
     """Parse the command line."""
     parser = ArgumentParser(description="Dummy and logistic regression baselines on the IMDb movie reviews.")
-    parser.add_argument(
-        "--features",
-        choices=list(FEATURES),
-        default="counts",
-        help="counts: word counts, as published; nb-ngrams: 1- to 3-grams weighted by naive Bayes",
-    )
+    features = "counts: word counts, as published; nb-ngrams: 1- to 3-grams weighted by naive Bayes"
+    parser.add_argument("--features", choices=list(FEATURES), default="counts", help=features)
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
