@@ -73,14 +73,10 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, floa
     distance between confidence and accuracy over CALIBRATION_BINS bins (Guo et al., 2017).
     """
     probabilities = np.asarray(probabilities, dtype=float)
-    distances = [
-        count * abs(confidence - accuracy) for count, confidence, accuracy in reliability(labels, probabilities)
-    ]
+    bins = reliability(labels, probabilities)
+    error = sum(count * abs(confidence - accuracy) for count, confidence, accuracy in bins) / len(labels)
     clipped = probabilities.clip(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
-    return {
-        "log_loss": float(log_loss(labels, clipped, labels=[0, 1])),
-        "expected_calibration_error": float(sum(distances) / len(labels)),
-    }
+    return {"log_loss": float(log_loss(labels, clipped, labels=[0, 1])), "expected_calibration_error": float(error)}
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[int, float, float]]:
