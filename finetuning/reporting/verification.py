@@ -106,12 +106,9 @@ def check_command(folder: str | Path, repository: Path) -> Check:
     """Check that the record's command is the command of the experiment to which the folder belongs."""
     record = read_record(folder)
     command, seed = record["command"].removesuffix(" --resume"), record["arguments"].get("seed", "unknown")
-    by_folder = [
-        experiment
-        for experiment in EXPERIMENTS
-        if Path(folder).resolve() == (repository / experiment.run_folder(seed)).resolve()
-    ]
-    by_command = [experiment for experiment in EXPERIMENTS if command == experiment.command_line(seed)]
+    path = Path(folder).resolve()
+    by_folder = [each for each in EXPERIMENTS if path == (repository / each.run_folder(seed)).resolve()]
+    by_command = [each for each in EXPERIMENTS if command == each.command_line(seed)]
     if not by_folder:
         detail = f"not the folder of an experiment with seed {seed}; the command is that of {describe(by_command)}"
         return Check("command", False, detail)
