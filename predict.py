@@ -166,11 +166,8 @@ class LinearClassifier:
             pairs = [f"{name} {contributions[index]:+.2f}" for name, index in zip(names, top, strict=True)]
             lines.append(f"{label_name}: {', '.join(pairs) or 'none'}")
         total, intercept = contributions.sum(), self.model.intercept_[0]
-        count = len(contributions)
-        lines.append(
-            f"all {count} features {total:+.2f}, intercept {intercept:+.2f}: log-odds {total + intercept:+.2f}"
-        )
-        return lines
+        log_odds = f"intercept {intercept:+.2f}: log-odds {total + intercept:+.2f}"
+        return [*lines, f"all {len(contributions)} features {total:+.2f}, {log_odds}"]
 
 
 # By the model type in the settings: the script that loads the model and the class that runs it.
