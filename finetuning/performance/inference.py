@@ -38,7 +38,7 @@ class Classifier:
         """Return the logits (batch, classes), float32, of a batch on the classifier's device."""
         with ExitStack() as stack:
             stack.enter_context(autocast(self.device, self.precision))
-            if self.uses_cpu_kernels:
+            if self.device.type == "cpu" and not is_compiled(self.model):  # a compiled model is faster without
                 stack.enter_context(fast_cpu_ops())
                 if self.skip_padding and (mask := batch.attention_mask) is not None and has_padding(mask):
                     stack.enter_context(unpadded_linear(mask))
@@ -49,11 +49,6 @@ class Classifier:
     def eval_tokens(self) -> int:
         """Tokens per evaluation batch."""
         return min(EVAL_TOKENS_PER_BATCH[self.device.type], self.max_eval_tokens)
-
-    @property
-    def uses_cpu_kernels(self) -> bool:
-        """Whether `cpu_kernels` replaces PyTorch's functions; a compiled model is faster without them."""
-        return self.device.type == "cpu" and not is_compiled(self.model)
 
 
 def has_padding(attention_mask: torch.Tensor) -> bool:
