@@ -1,7 +1,5 @@
 """Cached outputs of frozen layers, which are the same in every epoch and log line."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -94,24 +92,17 @@ def extract_features(classifier: Classifier, head: nn.Module, *datasets: IMDbDat
     With the head replaced by the identity, the pooled outputs are the head's inputs. This holds for
     averages over tokens as well, since the head is linear.
     """
-    with replaced_by_identity(head, classifier.model):
+    path = next(path for path, module in classifier.model.named_modules() if module is head)
+    classifier.model.set_submodule(path, nn.Identity())
+    try:
         features = [predict_logits(dataset, classifier) for dataset in datasets]
+    finally:
+        classifier.model.set_submodule(path, head)
     head_only = Classifier(head, lambda head, batch: head(batch.input_ids), classifier.device, classifier.precision)
     return head_only, [
         FeatureDataset(vectors, dataset.lengths, dataset.labels)
         for vectors, dataset in zip(features, datasets, strict=True)
     ]
-
-
-@contextmanager
-def replaced_by_identity(layer: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Replace a layer of the model by the identity while the block runs."""
-    path = next(path for path, module in model.named_modules() if module is layer)
-    model.set_submodule(path, nn.Identity())
-    try:
-        yield
-    finally:
-        model.set_submodule(path, layer)
 
 
 def cache_hidden_states(classifier: Classifier, dataset: IMDbDataset) -> IMDbDataset:
