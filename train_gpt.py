@@ -22,7 +22,7 @@ from torch import nn
 
 from finetuning import cli
 from finetuning.data.batching import Batch, IMDbDataset, length_buckets
-from finetuning.data.reviews import LABEL_NAMES
+from finetuning.data.reviews import NUM_CLASSES
 from finetuning.data.tiktoken_bpe import dump_tiktoken_bpe, load_tiktoken_bpe
 from finetuning.data.tokenization import Tokenizer, concatenate, load_encoded_splits
 from finetuning.experiment import Task, finetune, start_run
@@ -41,7 +41,6 @@ MODEL_CONFIGS = {
     "gpt2-large (774M)": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
     "gpt2-xl (1558M)": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
 }
-NUM_CLASSES = len(LABEL_NAMES)
 # The files of a model folder; one given to --model_size needs no weights.
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.tiktoken", "model.safetensors"
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from finetuning.data.reviews import LABEL_NAMES
-from finetuning.model_trials import NUM_CLASSES, detect_output_layer
+from finetuning.data.reviews import LABEL_NAMES, NUM_CLASSES
+from finetuning.model_trials import detect_output_layer
 from finetuning.system.console import print_status
 from finetuning.system.errors import UserError
 from finetuning.system.hub import check_cached_weights

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.data.batching import Batch, IMDbDataset
 from finetuning.data.hf_tokenizer import make_encode
-from finetuning.data.reviews import LABEL_NAMES
+from finetuning.data.reviews import NUM_CLASSES
 from finetuning.data.tokenization import EncodedReviews, concatenate
 from finetuning.system.errors import UserError, is_out_of_memory
 from finetuning.trainable_layers import (
@@ -21,7 +21,6 @@ from finetuning.trainable_layers import (
     trial_copy,
 )
 
-NUM_CLASSES = len(LABEL_NAMES)
 NO_LIMIT = 2**30  # tokens; tokenizers use 1e30 for "no limit" but do not accept it as a length
 EXAMPLE = "A film to remember, with a plot that holds and a cast that is a joy to watch."
 NUM_TRIALS = 5  # reviews to try a model with

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,8 @@ def train_classifier(
     samples = [reviews.head(config.eval_iter * config.batch_size) for reviews in (train, validation)]
     steps_per_epoch, last_step = len(train) // config.batch_size, config.num_steps(len(train))
     started = time.perf_counter() - state.seconds
-    parallel = distributed.wrap_ddp(classifier, lambda: has_unused_parameters(classifier, train.collate([0])))
+    model = distributed.wrap_ddp(classifier.model, lambda: has_unused_parameters(classifier, train.collate([0])))
+    parallel = replace(classifier, model=model)
     classifier.model.train()
     while state.step < last_step:
         if state.batches is None:

@@ -15,6 +15,7 @@ from finetuning.system.filetypes import content_type
 
 SPLITS = ("train", "validation", "test")
 LABEL_NAMES = ("negative", "positive")  # of the labels 0 and 1
+NUM_CLASSES = len(LABEL_NAMES)
 COLUMNS = ("text", "label")
 CHUNK_SIZE = 5_000  # reviews
 ENCODING = "utf-8-sig"

@@ -14,21 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetuning.system.environment import under_torchrun
 from finetuning.system.errors import UserError
 from finetuning.system.signals import Terminated
-
-if TYPE_CHECKING:
-    from finetuning.performance.inference import Classifier
 
 
 def rank() -> int:
@@ -202,16 +199,15 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor / world_size()
 
 
-def wrap_ddp(classifier: "Classifier", has_unused_parameters: Callable[[], bool]) -> "Classifier":
-    """Return the classifier with its model in DistributedDataParallel, if there are several processes.
+def wrap_ddp(model: nn.Module, has_unused_parameters: Callable[[], bool]) -> nn.Module:
+    """Return the model in DistributedDataParallel if there are several processes, otherwise the model.
 
     `has_unused_parameters()` returns whether a trainable parameter gets no gradient; DDP then has to
     search for such parameters in every step, which takes time.
     """
     if world_size() == 1:
-        return classifier
-    find_unused = broadcast(has_unused_parameters())
-    return replace(classifier, model=DistributedDataParallel(classifier.model, find_unused_parameters=find_unused))
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=broadcast(has_unused_parameters()))
 
 
 def sync_gradients(model: Any, enabled: bool) -> AbstractContextManager:
