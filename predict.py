@@ -60,8 +60,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run_folder", type=user_path, metavar="RUN_FOLDER", help="folder of a run that was started with --save_model")
     add("texts", nargs="*", metavar="TEXT", help="a text to classify (default: each line of standard input)")
-    add("--csv", type=user_path, metavar="FILE", help="classify the column `text` of a CSV file (default: none)")
-    explain = "print the words with the largest contributions to the log-odds of a linear model"
+    add("--csv", type=user_path, metavar="FILE", help="classify the column `text` of this CSV file (default: none)")
+    explain = "also print the words that contributed most to each prediction; logistic regression only"
     add("--explain", action="store_true", help=explain)
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
     args = parser.parse_intermixed_args(argv)  # texts may come before and after the flags
@@ -103,7 +103,7 @@ def read_stdin() -> Iterator[str]:
     if sys.stdin.isatty():
         print_status("Type one text per line; Ctrl-D (on Windows Ctrl-Z, Enter) ends")
     try:
-        yield from sys.stdin
+        yield from (line.removesuffix("\n") for line in sys.stdin)
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not in {error.encoding.upper()}: {error.reason}") from error
 

@@ -152,6 +152,15 @@ def test_standard_input_is_classified_by_line(counts_run, capsys, monkeypatch):
     assert (first[2], blank, second[2]) == ("a good film", [""], "a dull film")
 
 
+def test_standard_input_gives_the_prediction_of_an_argument(saved_run, capsys, monkeypatch):
+    """A line end would be one more token, at which this model's logits are read."""
+    folder = saved_run("flexible")
+    capsys.readouterr()
+    from_argument = printed_predictions(capsys, folder, "a good film")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a good film\n"))
+    assert printed_predictions(capsys, folder) == from_argument
+
+
 def test_blank_input_lines_give_blank_output_lines(counts_run, capsys, monkeypatch):
     monkeypatch.setattr(predict, "TEXTS_PER_CHUNK", 2)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n \t\n\na good film\n\n"))
