@@ -1,6 +1,10 @@
 """Advice added to errors: how to resume an interrupted run, what saves memory."""
 
 import argparse
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +12,8 @@ from pathlib import Path
 from finetuning.checkpoint import has_checkpoint
 from finetuning.performance import distributed
 from finetuning.system.errors import UserError, is_out_of_memory
+
+WINDOWS = os.name == "nt"
 
 
 @contextmanager
@@ -17,8 +23,17 @@ def resume_hint(folder: Path, command: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         if has_checkpoint(folder):
-            error.args = (f"Interrupted; to resume: {command.removesuffix(' --resume')} --resume",)
+            error.args = (f"Interrupted; to resume: {resume_command(command)}",)
         raise
+
+
+def resume_command(command: str) -> str:
+    """Return what to type to resume a run of a recorded command, in the syntax of the system's shell."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:  # torchrun does not tell the flags of several nodes
+        return "start the same torchrun command on every node, with --resume added"
+    script = Path(sys.argv[0])
+    words = [str(script) if word == script.name else word for word in shlex.split(command) if word != "--resume"]
+    return (subprocess.list2cmdline if WINDOWS else shlex.join)([*words, "--resume"])
 
 
 @contextmanager

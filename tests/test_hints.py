@@ -10,7 +10,7 @@ from helpers import tiny_gpt_flags
 import train_gpt
 from finetuning import cli
 from finetuning.checkpoint import CHECKPOINT, PREVIOUS
-from finetuning.hints import memory_remedies, out_of_memory_hint, resume_hint
+from finetuning.hints import memory_remedies, out_of_memory_hint, resume_command, resume_hint
 from finetuning.system.errors import UserError
 
 
@@ -23,6 +23,26 @@ def test_resume_hint_adds_the_command_if_there_is_a_checkpoint(name, command, tm
         resume_hint(tmp_path, command),
     ):
         raise KeyboardInterrupt
+
+
+def test_resume_command_names_the_script_as_it_was_started(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", "--seed", "7"])
+    assert resume_command("python train.py --seed 7") == "python scripts/train.py --seed 7 --resume"
+
+
+def test_resume_command_quotes_as_the_systems_shell_needs_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    command = "python train.py --model_size 'gpt2-medium (355M)'"
+    assert resume_command(command) == f"{command} --resume"
+    monkeypatch.setattr("finetuning.hints.WINDOWS", True)
+    assert resume_command(command) == 'python train.py --model_size "gpt2-medium (355M)" --resume'
+
+
+def test_resume_command_of_several_nodes_names_the_users_own_command(monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert resume_command("torchrun --nproc_per_node 4 train.py") == (
+        "start the same torchrun command on every node, with --resume added"
+    )
 
 
 def test_resume_hint_adds_nothing_without_a_checkpoint(tmp_path):

@@ -132,7 +132,7 @@ def test_two_processes_resumed_from_a_checkpoint_give_the_same_run(gpt, tmp_path
         scripts[name].write_text(INTERRUPTED.format(repository=str(REPOSITORY), script=str(TINY_GPT), stop=stop))
     done = torchrun(scripts["interrupted.py"], *gpt, "--output_dir", tmp_path / "resumed")
     assert done.returncode != 0
-    assert done.stderr.count("Interrupted; to resume: torchrun --nproc_per_node 2 tiny_gpt.py ") == 1
+    assert done.stderr.count(f"Interrupted; to resume: torchrun --nproc_per_node 2 {TINY_GPT} ") == 1
     assert CHECKPOINT in {path.name for path in (tmp_path / "resumed").iterdir()}
     assert not (tmp_path / "resumed" / RECORD).exists()
     for folder, resume in (("resumed", ["--resume"]), ("expected", [])):
