@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.system.errors import UserError
 from finetuning.system.filetypes import refuse_lfs_pointer
-from finetuning.system.hub import check_cached_weights
+from finetuning.system.hub import check_digest
 from finetuning.system.network import misconfigured_variable
 
 REPOSITORIES = {
@@ -48,7 +48,7 @@ def download_and_load_gpt2(model_size, models_dir=None):
     folder = Path(models_dir) / model_size if models_dir else None
     config = fetch(repository, "config.json", folder)
     weights = fetch(repository, "model.safetensors", folder)
-    check_cached_weights(repository)
+    check_digest(weights)
     return read_settings(config), read_params(weights)
 
 

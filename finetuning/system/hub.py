@@ -12,18 +12,20 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def check_cached_weights(repository: str) -> None:
-    """Raise UserError if cached weights of a repository are damaged; do nothing if none are cached.
+    """Raise UserError if the cached weights that Transformers loads of a repository are damaged."""
+    cached = (try_to_load_from_cache(repository, filename) for filename in WEIGHTS)
+    if path := next((path for path in cached if isinstance(path, str)), None):
+        check_digest(Path(path))
+
+
+def check_digest(path: Path) -> None:
+    """Raise UserError if a file of the cache is damaged; files elsewhere have no digest to compare with.
 
     The cache names a large file by the SHA-256 that the Hub reports. The Hub's client compares only
     the size of a download, and a disk can corrupt a file later.
     """
-    for filename in WEIGHTS:
-        cached = try_to_load_from_cache(repository, filename)
-        if not isinstance(cached, str):
-            continue
-        blob = Path(cached).resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
-            raise UserError(
-                f"{filename} of {repository} in the Hugging Face cache is damaged (its SHA-256 differs); "
-                f"delete {blob} and run again"
-            )
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        raise UserError(
+            f"{path} in the Hugging Face cache is damaged (its SHA-256 differs); delete {blob} and run again"
+        )

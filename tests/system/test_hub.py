@@ -23,7 +23,7 @@ def test_check_cached_weights_detects_a_flipped_bit(hub_snapshot):
     train_bert_hf.load_pretrained("someone/bert", seed=1)
     content = blob.read_bytes()
     blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=f"model.safetensors of someone/bert .* is damaged .*; delete {blob}"):
+    with pytest.raises(UserError, match=f"model.safetensors in the Hugging Face cache is damaged .*; delete {blob}"):
         train_bert_hf.load_pretrained("someone/bert", seed=1)
 
 
@@ -35,3 +35,16 @@ def test_check_cached_weights_accepts_files_that_are_not_named_by_digest(hub_sna
     snapshot = hub_snapshot("someone/copied")
     (snapshot / "model.safetensors").write_bytes(b"content of a cache without symbolic links")
     check_cached_weights("someone/copied")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need privileges on Windows")
+def test_check_cached_weights_reads_only_the_file_that_is_loaded(hub_snapshot):
+    snapshot = hub_snapshot("someone/both")
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    damaged = snapshot.parent.parent / ("0" * 64)
+    damaged.write_bytes(b"content with another digest")
+    (snapshot / "pytorch_model.bin").symlink_to(damaged)
+    check_cached_weights("someone/both")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="pytorch_model.bin in the Hugging Face cache is damaged"):
+        check_cached_weights("someone/both")
