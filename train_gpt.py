@@ -41,6 +41,7 @@ MODEL_CONFIGS = {
     "gpt2-large (774M)": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
     "gpt2-xl (1558M)": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
 }
+SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 # The files of a model folder; one given to --model_size needs no weights.
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.tiktoken", "model.safetensors"
 
@@ -83,7 +84,8 @@ def parse_args(argv=None):
         "--trainable_token_pos",
         choices=["last", "first", "flexible"],
         default="last",
-        help="token whose logits are used; last: of the padded review, flexible: last non-padding token",
+        help="token whose logits classify the review; last: the last one, which may be padding; flexible: the last "
+        "non-padding token",
     )
     average = "average the logits of all tokens instead; with flexible, of the non-padding tokens"
     add("--average_embeddings", action="store_true", help=average)
@@ -115,6 +117,8 @@ def load_config(model_size: str | Path) -> dict:
     path = Path(model_size) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if too_small := [key for key in SIZES if config[key] < 1]:
+            raise ValueError(f"{', '.join(too_small)} must be 1 or more")
         with torch.device("meta"):  # checks the configuration without allocating memory
             GPTModel(config)
         return config
