@@ -26,10 +26,10 @@ from finetuning.cli import ArgumentParser, run_main, seed_int, user_path
 from finetuning.data.reviews import csv_paths, read_reviews
 from finetuning.demo import ENCODER, GPT, demo_table, write_inputs
 from finetuning.reporting.comparison import compare_runs
-from finetuning.reporting.experiments import EXPERIMENTS, SEED, Experiment
+from finetuning.reporting.experiments import EXPERIMENTS, PREPARE_COMMANDS, SEED, Experiment
 from finetuning.reporting.pages import write_pages
 from finetuning.reporting.plots import plot_demo
-from finetuning.reporting.records import RECORD, read_record
+from finetuning.reporting.records import RECORD, essential_flags, read_record
 from finetuning.reporting.verification import check_command, verify_record
 from finetuning.system.console import print_status
 from finetuning.system.environment import versions
@@ -80,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     numbers = sorted({experiment.number for experiment in EXPERIMENTS})
     add = parser.add_argument
     skipped = "skips those recorded with the same command, data and versions"
-    experiments = f"experiments to run, {numbers[0]} to {numbers[-1]} (default: all); {skipped}"
+    experiments = f"experiments to run, {numbers[0]} to {numbers[-1]} (default: all: days on a CPU); {skipped}"
     add("experiments", nargs="*", type=int, metavar="N", help=experiments)
     add("--seeds", nargs="+", type=seed_int, default=[SEED], metavar="SEED", help="run each experiment with each seed")
     compare = "compare the test predictions in the folders of two runs"
@@ -102,6 +102,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run_experiments(experiments: Sequence[Experiment], seeds: Sequence[int]) -> None:
     """Run the experiments that are not recorded yet and print a summary; exit with status 1 if a run failed."""
+    for experiment in experiments:
+        check_data(experiment)
     failed = []
     for experiment, seed in [(experiment, seed) for experiment in experiments for seed in seeds]:
         command = experiment.command_line(seed)
@@ -117,14 +119,22 @@ def run_experiments(experiments: Sequence[Experiment], seeds: Sequence[int]) -> 
         sys.exit(1)
 
 
+def check_data(experiment: Experiment) -> None:
+    """Raise UserError, with the command that creates them, if the CSV files of the experiment's split are missing."""
+    missing = [path for path in csv_paths(ROOT / experiment.data_dir) if not path.is_file()]
+    if missing:
+        names = ", ".join(path.relative_to(ROOT).as_posix() for path in missing)
+        raise UserError(f"cannot find {names}; create the CSV files with: {PREPARE_COMMANDS[experiment.data_dir]}")
+
+
 def is_recorded(experiment: Experiment, seed: int) -> bool:
     """Return whether there is a record of the same command, data and versions; raise UserError if it is damaged."""
     folder, paths = ROOT / experiment.run_folder(seed), csv_paths(ROOT / experiment.data_dir)
-    if not (folder / RECORD).exists() or not all(path.is_file() for path in paths):
+    if not (folder / RECORD).exists():
         return False
     record = read_record(folder)
     return (
-        record["command"].removesuffix(" --resume") == experiment.command_line(seed)
+        essential_flags(record["command"]) == essential_flags(experiment.command_line(seed))
         and record["versions"] == versions()
         and record["data"] == {path.name: sha256(path) for path in paths}
     )
@@ -189,7 +199,7 @@ def print_comparison(folder_a: Path, folder_b: Path, csv: str | None = None) -> 
     if not path.is_file() or sha256(path) != record["data"]["test.csv"]:
         raise UserError(
             f"cannot show the {len(disagreements):,} reviews on which the runs disagree: "
-            f"{path} is not the file they were tested on"
+            f"{path} is missing or not the file they were tested on"
         )
     disagreements = disagreements.assign(text=read_reviews(path)["text"].loc[disagreements.index])
     distances = (disagreements["probability_a"] - disagreements["probability_b"]).abs()

@@ -1,6 +1,7 @@
 """Command lines, runs, reviews and archives that several tests share."""
 
 import io
+import json
 import os
 import random
 import tarfile
@@ -14,7 +15,7 @@ import torch
 import download_prepare_dataset as dataset
 from finetuning.checkpoint import Checkpointer
 from finetuning.data.reviews import SPLITS
-from finetuning.reporting.records import PREDICTIONS, read_record, write_record
+from finetuning.reporting.records import PREDICTIONS, RECORD, read_record, write_record
 from finetuning.reporting.tables import REVIEWS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -201,3 +202,9 @@ def refused(tmp_path, failing, archive):
         "test.csv": "old",
     }
     return message
+
+
+def change_record(run, **values):
+    """Replace values in the record of a run's folder."""
+    record = json.loads((run / RECORD).read_text())
+    (run / RECORD).write_text(json.dumps(record | values))

@@ -1,13 +1,14 @@
 import os
+import re
 import signal
 import sys
 
 import pandas as pd
 import pytest
-from helpers import REPOSITORY, write_example_record
+from helpers import REPOSITORY, change_record, write_example_record
 
 import reproduce
-from finetuning.reporting.experiments import Experiment
+from finetuning.reporting.experiments import SEED, Experiment
 from finetuning.reporting.records import RECORD, read_record
 from finetuning.system.errors import UserError
 from finetuning.system.files import sha256
@@ -40,6 +41,25 @@ def test_experiments_run_once_and_a_failure_does_not_stop_the_others(root, capfd
     out, err = capfd.readouterr()
     assert "Experiment 8: already recorded in results/logreg-counts-seed123" in err
     assert "Logistic regression classifier:" not in out
+
+
+def test_missing_data_are_named_with_the_command_of_their_split(root):
+    official = COUNTS._replace(data_dir="official")
+    message = (
+        "cannot find official/train.csv, official/validation.csv, official/test.csv; create the CSV files with: "
+        "python download_prepare_dataset.py --split official --data_dir official"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        reproduce.run_experiments([COUNTS, official], [SEED])
+    assert not (root / "results").exists()
+
+
+def test_a_record_with_a_saved_model_counts_as_recorded(root):
+    reproduce.main(["8"])
+    change_record(root / COUNTS.run_folder(SEED), command=f"{COUNTS.command_line(SEED)} --save_model")
+    assert reproduce.is_recorded(COUNTS, SEED)
+    change_record(root / COUNTS.run_folder(SEED), command=f"{COUNTS.command_line(SEED)} --features nb-ngrams")
+    assert not reproduce.is_recorded(COUNTS, SEED)
 
 
 def test_run_command_resumes_from_a_checkpoint(root):

@@ -4,6 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEED = 123
+# Folder of the CSV files -> the command that writes them.
+PREPARE_COMMANDS = {
+    ".": "python download_prepare_dataset.py",
+    "official": "python download_prepare_dataset.py --split official --data_dir official",
+}
 
 
 class PublishedLog(NamedTuple):

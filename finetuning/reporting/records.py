@@ -132,6 +132,19 @@ def check_replaceable(folder: str | Path, metadata: dict) -> None:
         print_status(f"{path} was made with other data; this run will replace it")
 
 
+def essential_flags(command: str) -> set[tuple[str, ...]]:
+    """Return the script of a recorded command, and each flag with its values, that determine the result."""
+    parts: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.endswith(".py"):
+            parts = [[Path(word).name]]  # without the launcher
+        elif word.startswith("--"):
+            parts.append(word.split("=", 1))
+        else:
+            parts[-1].append(word)
+    return {tuple(part) for part in parts if part and part[0].removeprefix("--") not in IGNORED_ARGUMENTS}
+
+
 def script_name(command: str) -> str | None:
     """Return the file name of the script that a recorded command runs, or None."""
     return next((Path(word).name for word in shlex.split(command) if word.endswith(".py")), None)

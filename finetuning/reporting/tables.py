@@ -25,10 +25,10 @@ STRINGS = {
         "measured log": "Measured here on {} ([record]({})):",
     },
     "ja": {
-        "results": ["#", "モデル", "パラメータ数", "公表値", "ここでの実測値(95% 信頼区間)"],
-        "interval": "({:.2%}~{:.2%})",
+        "results": ["#", "モデル", "パラメータ数", "公表値", "本リポジトリでの実測値(95% 信頼区間)"],
+        "interval": "({:.2%}〜{:.2%})",
         "seeds": "、{} 個のシードの平均、標準偏差 {:.2f}",
-        "measured log": "ここでの実測({}、[記録]({})):",
+        "measured log": "本リポジトリでの実測({}、[記録]({})):",
     },
 }
 DASH = "–"
@@ -40,15 +40,17 @@ def recorded(experiment: Experiment, results: Path) -> dict[str, dict]:
     Raises UserError if a record is damaged or of other data.
     """
     records, parent = {}, results / experiment.data_dir
-    folders = sorted(parent.glob(f"{experiment.name}-seed*")) or sorted(parent.glob(f"{experiment.former_name}-seed*"))
-    for folder in folders:
-        record = read_record(folder)
+    # A folder without a record is that of a running or interrupted run.
+    names = (experiment.name, experiment.former_name)
+    paths = next(filter(None, (sorted(parent.glob(f"{name}-seed*/{RECORD}")) for name in names)), [])
+    for path in paths:
+        record = read_record(path.parent)
         if record["reviews"] != REVIEWS[experiment.data_dir]:
             raise UserError(
-                f"{folder / RECORD} has other numbers of reviews ({record['reviews']}) than its split "
+                f"{path} has other numbers of reviews ({record['reviews']}) than its split "
                 f"({REVIEWS[experiment.data_dir]})"
             )
-        records[(folder / RECORD).relative_to(results.parent).as_posix()] = record
+        records[path.relative_to(results.parent).as_posix()] = record
     return records
 
 
@@ -132,7 +134,7 @@ def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Pa
         cells = [DASH, "", ""]
         if records := list(recorded(experiment, results).values()):
             minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
-            peak = max(record["peak_memory"] for record in records)
+            peak = max((record["peak_memory"] for record in records if record["peak_memory"]), default=None)
             cells = [f"{minutes:.1f} min", gigabytes(peak), records[0]["hardware"]]
         elif experiment.benchmark in measured:
             hardware, rounds = measured[experiment.benchmark]
@@ -145,9 +147,9 @@ def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Pa
     return markdown_table(columns, rows)
 
 
-def gigabytes(count: float) -> str:
-    """Return a number of bytes in GB."""
-    return f"{count / 1e9:.1f} GB"
+def gigabytes(count: float | None) -> str:
+    """Return a number of bytes in GB, or a dash if it is unknown."""
+    return DASH if count is None else f"{count / 1e9:.1f} GB"
 
 
 def link(text: str, records: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 from packaging.requirements import Requirement
 
 from finetuning.reporting.experiments import EXPERIMENTS, Experiment
-from finetuning.reporting.records import PREDICTIONS, read_predictions_csv, read_record
+from finetuning.reporting.records import PREDICTIONS, essential_flags, read_predictions_csv, read_record
 from finetuning.reporting.statistics import calibration, predicted_labels, wilson_interval
 from finetuning.system.files import sha256
 
@@ -105,10 +105,11 @@ def check_versions(versions: dict[str, str], requirements: Path) -> Check:
 def check_command(folder: str | Path, repository: Path) -> Check:
     """Check that the record's command is the command of the experiment to which the folder belongs."""
     record = read_record(folder)
-    command, seed = record["command"].removesuffix(" --resume"), record["arguments"].get("seed", "unknown")
+    command, seed = record["command"], record["arguments"].get("seed", "unknown")
     path = Path(folder).resolve()
     by_folder = [each for each in EXPERIMENTS if path == (repository / each.run_folder(seed)).resolve()]
-    by_command = [each for each in EXPERIMENTS if command == each.command_line(seed)]
+    flags = essential_flags(command)
+    by_command = [each for each in EXPERIMENTS if flags == essential_flags(each.command_line(seed))]
     if not by_folder:
         detail = f"not the folder of an experiment with seed {seed}; the command is that of {describe(by_command)}"
         return Check("command", False, detail)

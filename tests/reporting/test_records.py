@@ -200,3 +200,20 @@ def test_models_with_the_same_name_in_two_folders_do_not_share_a_record(
     assert "another run (other model): python " in message
     assert message.endswith("; choose another --output_dir to keep it, or delete it")
     assert files(tmp_path / "results") == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python train_gpt.py --trainable_layers all --seed 7",
+        "python train_gpt.py --seed=7 --trainable_layers all --resume",
+        "torchrun --nproc_per_node 4 imdb/train_gpt.py --trainable_layers all --micro_batch_size 4 --seed 7",
+        "python train_gpt.py --output_dir 'my runs/1' --trainable_layers all --seed 7 --save_model",
+    ],
+)
+def test_essential_flags_leave_out_what_does_not_change_the_result(command):
+    assert records.essential_flags(command) == {("train_gpt.py",), ("--trainable_layers", "all"), ("--seed", "7")}
+
+
+def test_essential_flags_differ_for_another_value():
+    assert records.essential_flags("python a.py --seed 7") != records.essential_flags("python a.py --seed 8")

@@ -45,6 +45,14 @@ def test_recorded_finds_a_former_name_until_there_is_a_record_of_the_new_name(tm
     assert [*tables.recorded(experiment, tmp_path / "results")] == ["results/new-seed123/record.json"]
 
 
+def test_recorded_ignores_the_folder_of_an_unfinished_run(tmp_path):
+    (tmp_path / "results" / "logreg-counts-seed7").mkdir(parents=True)
+    (tmp_path / "results" / "logreg-counts-seed7" / "checkpoint.pt").touch()
+    assert tables.recorded(COUNTS, tmp_path / "results") == {}
+    write_sized_example(tmp_path / "results" / "logreg-counts-seed123", 0.9)
+    assert [*tables.recorded(COUNTS, tmp_path / "results")] == ["results/logreg-counts-seed123/record.json"]
+
+
 def test_recorded_refuses_a_record_of_other_data(tmp_path):
     write_example_record(tmp_path / "results" / "logreg-counts-seed123")
     with pytest.raises(UserError, match="has other numbers of reviews"):
@@ -81,5 +89,7 @@ def test_times_table_prefers_the_record_to_the_benchmark(tmp_path):
     assert line(experiment) == "| 8 | Counts | 9.5 min | – |  |  |"
     experiment = experiment._replace(benchmark="counts")
     assert line(experiment) == "| 8 | Counts | 9.5 min | 2.0 h, extrapolated | 2.0 GB | a GPU |"
-    write_sized_example(results / "logreg-counts-seed123", 0.9, peak_memory=3_000_000_000)
+    write_sized_example(results / "logreg-counts-seed123", 0.9, peak_memory=None)
+    assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | – | a CPU |"
+    write_sized_example(results / "logreg-counts-seed124", 0.9, peak_memory=3_000_000_000)
     assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"

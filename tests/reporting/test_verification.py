@@ -1,14 +1,12 @@
-import json
 import shlex
 import subprocess
 
 import pandas as pd
 import pytest
-from helpers import REPOSITORY, write_example_record
+from helpers import REPOSITORY, change_record, write_example_record
 
 import reproduce
 from finetuning.reporting.experiments import EXPERIMENTS
-from finetuning.reporting.records import RECORD
 from finetuning.reporting.verification import check_command, check_commit, verify_record
 from finetuning.system.errors import UserError
 from finetuning.system.files import sha256
@@ -30,11 +28,6 @@ def run(tmp_path):
 
 def failed_checks(run):
     return [check.name for check in verify_record(run, run.parent) if check.passed is False]
-
-
-def change_record(run, **values):
-    record = json.loads((run / RECORD).read_text())
-    (run / RECORD).write_text(json.dumps(record | values))
 
 
 def test_verify_record_accepts_an_unchanged_record(run):
@@ -90,6 +83,10 @@ def test_check_command_compares_the_command_with_the_folder(tmp_path):
     bert, logreg = EXPERIMENTS[1], EXPERIMENTS[7]
     folder = tmp_path / bert.run_folder(7)
     write_example_record(folder, arguments={"seed": 7}, command=bert.command_line(7) + " --resume")
+    assert check_command(folder, tmp_path).passed
+    change_record(
+        folder, command=bert.command_line(7).replace("python", "torchrun --nproc_per_node 2") + " --save_model"
+    )
     assert check_command(folder, tmp_path).passed
     change_record(folder, command=logreg.command_line(7))
     check = check_command(folder, tmp_path)
