@@ -82,7 +82,7 @@ class Checkpointer:
                 if self.path.exists():
                     os.replace(self.path, self.previous)
         except UserError as error:
-            print_status(f"No checkpoint after step {state.step}: {error}; training continues")
+            print_status(f"Could not save a checkpoint after step {state.step}: {error}; training continues")
 
 
 def remove_checkpoints(folder: str | Path) -> None:
@@ -169,7 +169,10 @@ def load_checkpoint(folder: str | Path, fingerprint: dict) -> dict:
             "delete the file and start again without --resume"
         )
     if differing := [key for key, value in fingerprint.items() if content["fingerprint"].get(key) != value]:
-        raise UserError(f"--resume: {path} belongs to a run with other {', '.join(differing)}")
+        raise UserError(
+            f"--resume: {path} belongs to a run with other {', '.join(differing)}; use its flags and data, or choose "
+            "another --output_dir"
+        )
     if path == previous:
         step = content["train_state"]["step"]
         print_status(f"{newest} is damaged or missing; resuming from the previous checkpoint, of step {step}")
@@ -184,7 +187,8 @@ def restore(content: dict, classifier: Classifier, optimizers: list[torch.optim.
     """
     if content["device"] != classifier.device.type:
         raise UserError(
-            f"--resume: the run started on {content['device']}; its numbers would change on {classifier.device.type}"
+            f"--resume: the run started on {content['device']}; its numbers would change on "
+            f"{classifier.device.type}; use --device {content['device']}"
         )
     parameters = {name: p for name, p in classifier.model.named_parameters() if p.requires_grad}
     shapes = {name: tensor.shape for name, tensor in content["trainable"].items()}

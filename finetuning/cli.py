@@ -110,7 +110,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, trainable_layers: st
         "--trainable_layers",
         choices=["all", "last_block", "last_layer"],
         default=trainable_layers,
-        help="which layers to train; the others are frozen",
+        help="layers to train, the others are frozen; last_block: the last transformer block and the layers after it; "
+        "last_layer: the output layer",
     )
     group.add_argument(
         "--context_length",
@@ -138,11 +139,13 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, learning_rate: fl
         help="batches of reviews of similar length: less padding, but not the published batches")  # fmt: skip
     add = parser.add_argument_group("logging").add_argument
     add("--eval_freq", **count, default=50, help="log the losses every N steps")
-    add("--eval_iter", **count, default=20, help="batches used to estimate the logged losses")
+    add(
+        "--eval_iter", **count, default=20, help="batches of each set used to estimate the logged losses and accuracies"
+    )
     add("--tensorboard", action="store_true", help="also write losses and accuracies for TensorBoard")
     add = parser.add_argument_group("hardware").add_argument
     add("--micro_batch_size", **count, help="reviews per forward and backward pass of a process; saves memory, "
-        "same results (default: all reviews of a step)")  # fmt: skip
+        "takes the same steps up to rounding and dropout (default: all reviews of a step)")  # fmt: skip
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:1")
     add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
         help="compute precision (weights stay float32); auto: bf16 if it is faster here, else fp32; "

@@ -99,7 +99,7 @@ def load_pretrained(
     check_pretrained(name, model, new)
     new |= replace_output_layer(name, model, tokenizer, spec)
     check_finite(name, model)
-    print_status(f"New layers: {', '.join(sorted({key.rpartition('.')[0] for key in new}))}")
+    print_status(f"Randomly initialized layers: {', '.join(sorted({key.rpartition('.')[0] for key in new}))}")
     return model, tokenizer
 
 

@@ -31,7 +31,7 @@ def test_load_pretrained_draws_only_new_layers_from_the_seed(tmp_path, capsys):
         assert torch.equal(tensor, other[name]) == (name not in new)
         if name in stored:
             assert torch.equal(tensor, stored[name])
-    assert "New layers: classifier, pre_classifier" in capsys.readouterr().err
+    assert "Randomly initialized layers: classifier, pre_classifier" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -87,7 +87,7 @@ def test_main_overrides_the_head_and_settings_of_another_classifier(tmp_path, da
     model, run = tmp_path / "model", tmp_path / "run"
     save_encoder(model, config, kind=AutoModelForSequenceClassification)
     train_bert_hf.main(command(model, data_dir, run, "--max_steps", "1", "--save_model"))
-    assert "New layers: classifier\n" in capsys.readouterr().err
+    assert "Randomly initialized layers: classifier\n" in capsys.readouterr().err
     saved = transformers.AutoConfig.from_pretrained(run / "model")
     assert (saved.problem_type, saved.num_labels) == ("single_label_classification", 2)
     assert saved.id2label == {0: "negative", 1: "positive"}

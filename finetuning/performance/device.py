@@ -67,10 +67,12 @@ def select_precision(name: str, device: torch.device) -> tuple[str, str]:
     if name != "auto":
         return name, "as requested"
     if device.type == "cuda":
-        return ("bf16" if is_ampere(device) else "fp32"), f"compute capability {compute_capability(device)}"
+        return (
+            "bf16" if is_ampere(device) else "fp32"
+        ), f"compute capability {compute_capability(device)}; bf16 is native from 8.0 on"
     if device.type == "cpu":
         return select_cpu_precision()
-    return "fp32", f"bf16 on {device.type} only if requested"
+    return "fp32", f"the default on {device.type}; --precision bf16 requests bf16"
 
 
 def select_cpu_precision() -> tuple[str, str]:

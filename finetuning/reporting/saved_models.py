@@ -91,7 +91,7 @@ def read_settings(run_folder: str | Path) -> tuple[Path, dict]:
     if (Path(run_folder) / SETTINGS).is_file():
         raise UserError(f"{run_folder} is a run's model; name the run's folder: {Path(run_folder).resolve().parent}")
     if not folder.is_dir():
-        raise UserError(f"{run_folder} holds no saved model; a training run with --save_model leaves one")
+        raise UserError(f"{run_folder} holds no saved model; run its training command again with --save_model")
     refuse_lfs_pointer(folder / DIGESTS)
     try:
         lines = [line.split("  ") for line in (folder / DIGESTS).read_text("utf-8").splitlines()]

@@ -125,7 +125,9 @@ def test_digests_can_be_checked_with_sha256sum(counts_run):
 
 
 def test_run_without_a_saved_model_is_reported(tmp_path, failing):
-    assert "holds no saved model; a training run with --save_model leaves one" in failing(predict.main, tmp_path, "a")
+    assert "holds no saved model; run its training command again with --save_model" in failing(
+        predict.main, tmp_path, "a"
+    )
     assert failing(predict.main, tmp_path / "absent", "a").endswith(f"there is no folder {tmp_path / 'absent'}")
 
 

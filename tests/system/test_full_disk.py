@@ -124,7 +124,7 @@ def test_disk_full_while_writing_checkpoints_and_record(disk, command, data_dir,
         patch.setattr(checkpoint, "write_checkpoint", write_on_a_full_disk)
         with pytest.raises(UserError, match=f"cannot write to {run}: No space left on device .disk {disk}: "):
             train_bert_hf.main([*command, "--output_dir", str(run), "--resume"])
-    assert f"No checkpoint after step 4: cannot write to {run}: No space left" in capsys.readouterr().err
+    assert f"Could not save a checkpoint after step 4: cannot write to {run}: No space left" in capsys.readouterr().err
     (disk / FILLER).unlink()
     assert folder_contents(disk) == before
     train_bert_hf.main([*command, "--output_dir", str(run), "--resume"])
