@@ -13,6 +13,8 @@ os.environ["HF_HOME"] = _home.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, each with threads for all cores, slow each other down
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 import pytest  # noqa: E402
 import tiktoken  # noqa: E402
