@@ -21,13 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetuning import cli
-from finetuning.data.batching import Batch, IMDbDataset, length_buckets
+from finetuning.data.batching import IMDbDataset, length_buckets
 from finetuning.data.reviews import NUM_CLASSES
 from finetuning.data.tiktoken_bpe import dump_tiktoken_bpe, load_tiktoken_bpe
 from finetuning.data.tokenization import Tokenizer, concatenate, load_encoded_splits
 from finetuning.experiment import Task, finetune, start_run
-from finetuning.performance.device import is_compiled
-from finetuning.performance.gpt_classifier import GPTClassifier
+from finetuning.performance.gpt_classifier import (
+    GPTClassifier,
+    first_token_logits,
+    last_non_padding_logits,
+    last_token_logits,
+    masked_mean_logits,
+    mean_logits,
+)
 from finetuning.system.errors import UserError
 from finetuning.system.network import misconfigured_variable
 from finetuning.trainable_layers import FinetuneLayers, set_trainable
@@ -180,37 +186,6 @@ def padded_length(trainable_token_pos: str, average_embeddings: bool, context_le
     # Causal attention: the logits of a token do not depend on padding after it.
     reads_padding = trainable_token_pos == "last" or (average_embeddings and trainable_token_pos == "first")
     return context_length if reads_padding else None
-
-
-def first_token_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits of each review's first token, which attends to itself only: (batch, classes)."""
-    return model(batch.input_ids, torch.zeros_like(batch.lengths[:, None]))[:, 0]
-
-
-def last_token_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits of the last token of each padded review, as published: (batch, classes)."""
-    return model(batch.input_ids, torch.full_like(batch.lengths[:, None], batch.input_ids.shape[1] - 1))[:, 0]
-
-
-def last_non_padding_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits of each review's last non-padding token: (batch, classes)."""
-    if batch.input_ids.device.type != "cpu" or is_compiled(model):
-        return model(batch.input_ids, batch.lengths[:, None] - 1)[:, 0]
-    # Packing is faster on a CPU; a GPU prefers few large operations, and a compiled model few shapes.
-    not_padding = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
-    return model(batch.input_ids[not_padding][None], batch.lengths.cumsum(0)[None] - 1, batch.lengths.tolist())[0]
-
-
-def mean_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the mean of the logits over each padded review, as published: (batch, classes)."""
-    shape = batch.input_ids.shape[:2]
-    return model(batch.input_ids, token_weights=torch.ones(shape, device=batch.input_ids.device))
-
-
-def masked_mean_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the mean of the logits over the non-padding tokens: (batch, classes)."""
-    positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-    return model(batch.input_ids, token_weights=(positions < batch.lengths[:, None]).float())
 
 
 # (--trainable_token_pos, --average_embeddings) -> how the model's outputs are pooled to class logits

@@ -1,4 +1,4 @@
-"""The book's GPT model, run so that nothing is computed that the logits do not depend on.
+"""The book's GPT model without computation that the logits do not depend on, and the poolings of its logits.
 
 Three savings, each equal to `GPTModel.forward` up to rounding:
 
@@ -11,6 +11,10 @@ Three savings, each equal to `GPTModel.forward` up to rounding:
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from finetuning.data.batching import Batch
+from finetuning.performance.cpu_kernels import num_filler_rows
+from finetuning.performance.device import is_compiled
 
 
 class GPTClassifier(nn.Module):
@@ -84,3 +88,40 @@ def causal_attention(queries, keys, values, positions, dropout):
 def select_positions(x, positions):
     """Return x (batch, tokens, width) at positions (batch, n) as (batch, n, width), or all of x if that is None."""
     return x if positions is None else x[torch.arange(len(x), device=x.device)[:, None], positions]
+
+
+def first_token_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits of each review's first token, which attends to itself only: (batch, classes)."""
+    return model(batch.input_ids, positions=torch.zeros_like(batch.lengths[:, None]))[:, 0]
+
+
+def last_token_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits of the last token of each padded review, as published: (batch, classes)."""
+    last = torch.full_like(batch.lengths[:, None], batch.input_ids.shape[1] - 1)
+    return model(batch.input_ids, positions=last)[:, 0]
+
+
+def last_non_padding_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits of each review's last non-padding token: (batch, classes)."""
+    if batch.input_ids.device.type != "cpu" or is_compiled(model):
+        return model(batch.input_ids, positions=batch.lengths[:, None] - 1)[:, 0]
+    # Packing is faster on a CPU; a GPU prefers few large operations, and a compiled model few shapes.
+    not_padding = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
+    packed, lengths = batch.input_ids[not_padding], batch.lengths.tolist()
+    if num_filler := num_filler_rows(len(packed), limit=batch.input_ids.shape[1]):  # as one more text
+        packed = torch.cat([packed, packed.new_zeros(num_filler, *packed.shape[1:])])
+        lengths.append(num_filler)
+    last_tokens = torch.tensor([lengths]).cumsum(dim=1) - 1
+    return model(packed[None], positions=last_tokens, lengths=lengths)[0, : len(batch.lengths)]
+
+
+def mean_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the mean of the logits over each padded review, as published: (batch, classes)."""
+    shape = batch.input_ids.shape[:2]
+    return model(batch.input_ids, token_weights=torch.ones(shape, device=batch.input_ids.device))
+
+
+def masked_mean_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the mean of the logits over the non-padding tokens: (batch, classes)."""
+    positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return model(batch.input_ids, token_weights=(positions < batch.lengths[:, None]).float())

@@ -2,13 +2,15 @@
 
 A training batch of eight reviews holds about 84% non-padding tokens, and linear layers are most of
 an encoder's arithmetic. The result is exact for models whose attention masks the padding and whose
-head reads no padding position: what a layer returns there is never used.
+pooling uses no padding position: what a layer returns there is never used.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from finetuning.performance.cpu_kernels import num_filler_rows
 
 
 class GatherRows(torch.autograd.Function):
@@ -50,13 +52,16 @@ class ScatterRows(torch.autograd.Function):
 class unpadded_linear(TorchFunctionMode):  # noqa: N801, a context like torch.no_grad
     """Context in which linear layers skip the padding of inputs (batch, tokens, width) of `attention_mask`'s shape.
 
-    `attention_mask` (batch, tokens) is 1 at non-padding tokens.
+    `attention_mask` (batch, tokens) is 1 at non-padding tokens. A little padding is computed as filler.
     """
 
     def __init__(self, attention_mask: torch.Tensor):
         super().__init__()
         self.shape = attention_mask.shape
-        self.index = attention_mask.flatten().nonzero().squeeze(1)
+        mask = attention_mask.flatten()
+        count = int(mask.sum())
+        count += num_filler_rows(count, limit=len(mask) - count)
+        self.index = mask.argsort(descending=True, stable=True)[:count]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Replace F.linear."""

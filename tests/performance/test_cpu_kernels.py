@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 
 from finetuning.performance import cpu_kernels
-from finetuning.performance.cpu_kernels import fast_cpu_ops
+from finetuning.performance.cpu_kernels import fast_cpu_ops, num_filler_rows
 
 
 def test_dropout_keeps_the_expected_fraction_and_scales_it():
@@ -109,3 +109,7 @@ def test_encoder_training_uses_the_fast_dropout_and_attention(name):
     names = {event.key for event in profile.key_averages()}
     assert "Attention" in names
     assert "aten::bernoulli_" not in names
+
+
+def test_num_filler_rows_complete_a_multiple_up_to_the_limit():
+    assert [num_filler_rows(count, limit=10) for count in (0, 1, 60, 64, 65, 120)] == [0, 10, 4, 0, 10, 8]

@@ -21,6 +21,17 @@ from finetuning.reporting.saved_models import read_settings
 LENGTHS = (MAX_LENGTH, 5, 1, 13)
 
 
+@pytest.fixture(autouse=True)
+def row_multiple(monkeypatch):
+    """Compute no padding as filler, which would be most of these small batches; return a function that changes it."""
+
+    def change(multiple):
+        monkeypatch.setattr("finetuning.performance.cpu_kernels.ROW_MULTIPLE", multiple)
+
+    change(1)
+    return change
+
+
 class RecordLinearInputs(TorchFunctionMode):
     """Context that collects the shapes of the inputs of F.linear."""
 
@@ -86,6 +97,17 @@ def test_linear_layers_of_encoders_receive_non_padding_tokens_only(name):
         assert shape == ((sum(LENGTHS), padded_shape[-1]) if skips else padded_shape)
         num_skipping += skips
     assert num_skipping >= 8  # at least four in each of the two blocks
+
+
+@pytest.mark.parametrize(("multiple", "num_rows"), [(16, 48), (64, 64), (100, 96)])
+def test_filler_rows_make_few_numbers_of_rows(multiple, num_rows, row_multiple):
+    """The batch has 43 non-padding tokens and 96 positions."""
+    row_multiple(multiple)
+    model, batch = make_model("bert"), make_batch()
+    expected = logits_and_gradients(model, batch, nullcontext())
+    with RecordLinearInputs() as recorded:
+        assert_equal(logits_and_gradients(model, batch, unpadded_linear(batch.attention_mask)), expected)
+    assert (num_rows, 16) in recorded.shapes
 
 
 @pytest.mark.parametrize("bias", [True, False])
