@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from finetuning.system.errors import UserError
 from finetuning.system.filetypes import refuse_lfs_pointer
 from finetuning.system.hub import check_digest
-from finetuning.system.network import misconfigured_variable
+from finetuning.system.network import is_network_error, misconfigured_variable
 
 REPOSITORIES = {
     "124M": "openai-community/gpt2",
@@ -63,7 +63,7 @@ def fetch(repository: str, filename: str, folder: Path | None) -> Path:
         return Path(hf_hub_download(repository, filename, local_dir=folder))
     except Exception as error:
         problem = misconfigured_variable(error, "hub")
-        if not problem and not isinstance(error, (HfHubHTTPError, OSError)):
+        if not (problem or isinstance(error, (HfHubHTTPError, OSError)) or is_network_error(error)):
             raise
         raise UserError(
             f"cannot get {filename} of {repository} from the Hugging Face Hub, and the cache has "

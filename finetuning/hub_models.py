@@ -26,7 +26,7 @@ from finetuning.system.console import print_status
 from finetuning.system.errors import UserError
 from finetuning.system.hub import check_cached_weights
 from finetuning.system.model_files import check_model_folder
-from finetuning.system.network import misconfigured_variable
+from finetuning.system.network import is_network_error, misconfigured_variable
 from finetuning.trainable_layers import FinetuneLayers, head_of
 
 # Overrides what the checkpoint of another task may have configured.
@@ -109,7 +109,7 @@ def loading_problem(error, name, source, specs):
         return None
     if not Path(source).is_dir() and (problem := misconfigured_variable(error, "hub")):
         return f": {problem}"
-    if not isinstance(error, LOADING_ERRORS):
+    if not isinstance(error, LOADING_ERRORS) and not is_network_error(error):
         return None
     if isinstance(error, UnpicklingError):
         return ": its weights are a pickle of more than tensors, which could run code and is not loaded"

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 PROXIES = [(f"{scheme}_proxy", f"{scheme.upper()}_PROXY") for scheme in ("https", "http", "all")]
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+HTTP_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "hf_xet", "requests"}
 HTTP, SOCKS = ("http", "https"), ("socks5", "socks5h")
 SOCKS_PACKAGES = {"socks": "PySocks", "socksio": "socksio"}  # module -> name on PyPI
 
@@ -38,6 +39,11 @@ def misconfigured_variable(error: BaseException | None, client: str) -> str | No
     if client == "hub" and (token := first_set(TOKENS)) and re.search(r"\b401\b", messages):
         return f"{token} holds a token that the Hugging Face Hub does not accept"
     return None
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Return whether the Hub's client let an error of its HTTP or transfer package through."""
+    return type(error).__module__.partition(".")[0] in HTTP_PACKAGES
 
 
 def first_set(names: tuple[str, ...]) -> str | None:

@@ -12,10 +12,11 @@ from local_server import Server
 import gpt_download
 import train_bert_hf
 import train_gpt
+from finetuning.hub_models import loading_problem
 from finetuning.system import network
 from finetuning.system.download import RemoteFile, download
 from finetuning.system.errors import UserError
-from finetuning.system.network import misconfigured_variable
+from finetuning.system.network import is_network_error, misconfigured_variable
 
 FAILED = OSError("the request failed")
 VARIABLES = {name for checks in network.CHECKS.values() for names, _ in checks for name in names}
@@ -212,3 +213,10 @@ def test_check_certificates_accepts_those_of_the_system():
     if not path:
         pytest.skip("the system has no certificate file")
     assert network.check_certificates(path) is None
+
+
+@pytest.mark.parametrize(("module", "expected"), [("httpx2", True), ("hf_xet", True), ("builtins", False)])
+def test_errors_of_http_packages_are_network_errors(module, expected):
+    error = type("ProxyError", (Exception,), {"__module__": module})("403 Forbidden")
+    assert is_network_error(error) == expected
+    assert bool(loading_problem(error, "someone/model", "someone/model", {})) == expected
