@@ -97,8 +97,8 @@ def test_demo_runs_all_models_and_prints_their_records(root, capfd):
         assert (root / "demo" / "results" / name / MODEL).is_dir()
     assert "python download_prepare_dataset.py\n  python reproduce.py 8" in "\n".join(table)
 
-    picture = ElementTree.parse(root / "demo" / "DEMO-curves.svg")
-    assert len([group for group in picture.iter() if group.get("id", "").startswith("axes_")]) == 2
+    figure = ElementTree.parse(root / "demo" / "DEMO-curves.svg")
+    assert len([group for group in figure.iter() if group.get("id", "").startswith("axes_")]) == 2
 
     # No record of the demo can be used for an experiment, whatever folder it is copied to.
     for row, other in pairwise([*reproduce.EXPERIMENTS, reproduce.EXPERIMENTS[0]]):

@@ -77,7 +77,7 @@ fine-tuned on the Large Movie Review Dataset (Maas et al., 2011) with this comma
     {record["command"]}
 
 Accuracy on {record["reviews"]["test"]:,} test reviews: {accuracy:.2%} (95% interval {low:.2%} to {high:.2%}).
-The command determines the split, which is not that of the dataset on the Hub.
+The test set is that of the command's --data_dir, which may differ from the test split of the dataset on the Hub.
 
     pipeline("text-classification", FOLDER)("A film to remember.", truncation=True)
 """)

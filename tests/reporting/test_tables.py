@@ -45,7 +45,7 @@ def test_recorded_finds_a_former_name_until_there_is_a_record_of_the_new_name(tm
     assert [*tables.recorded(experiment, tmp_path / "results")] == ["results/new-seed123/record.json"]
 
 
-def test_recorded_ignores_the_folder_of_an_unfinished_run(tmp_path):
+def test_recorded_ignores_the_folder_of_an_interrupted_run(tmp_path):
     (tmp_path / "results" / "logreg-counts-seed7").mkdir(parents=True)
     (tmp_path / "results" / "logreg-counts-seed7" / "checkpoint.pt").touch()
     assert tables.recorded(COUNTS, tmp_path / "results") == {}
