@@ -180,7 +180,9 @@ def write_record(
     predictions = pd.DataFrame({"label": labels, "probability": probabilities})
     folder = Path(folder)
     # The predictions of an older model are about to be replaced.
-    if (folder / MODEL).exists():
+    if (folder / MODEL).is_symlink() or (folder / MODEL).is_file():
+        (folder / MODEL).unlink()
+    elif (folder / MODEL).exists():
         shutil.rmtree(folder / MODEL)
     with atomic_write(folder / RECORD, folder / PREDICTIONS) as (record_file, predictions_file):
         record_file.write_text(to_json(record), encoding="utf-8")
@@ -228,6 +230,11 @@ def read_predictions(folder: str | Path, record: dict) -> pd.DataFrame:
 def read_predictions_csv(path: str | Path) -> pd.DataFrame:
     """Return the columns label and probability of a file of test predictions; raise UserError if it is damaged."""
     try:
-        return pd.read_csv(path, index_col="row", dtype={"label": int, "probability": float})[["label", "probability"]]
+        columns = {"label": int, "probability": float}
+        predictions = pd.read_csv(path, index_col="row", dtype=columns)[list(columns)].sort_index()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} does not contain test predictions: {error}") from error
+    is_complete = len(predictions) and (predictions.index == np.arange(len(predictions))).all()
+    if not (is_complete and predictions["label"].isin([0, 1]).all() and predictions["probability"].between(0, 1).all()):
+        raise UserError(f"{path} does not hold a label 0 or 1 and a probability for each row, counted from 0")
+    return predictions

@@ -217,3 +217,28 @@ def test_essential_flags_leave_out_what_does_not_change_the_result(command):
 
 def test_essential_flags_differ_for_another_value():
     assert records.essential_flags("python a.py --seed 7") != records.essential_flags("python a.py --seed 8")
+
+
+def test_read_predictions_returns_them_in_the_order_of_the_rows(tmp_path):
+    write_example_record(tmp_path)
+    path = tmp_path / records.PREDICTIONS
+    expected = records.read_predictions_csv(path)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *reversed(lines)]) + "\n")
+    pd.testing.assert_frame_equal(records.read_predictions_csv(path), expected)
+
+
+@pytest.mark.parametrize("lines", ["", "0,1,0.5\n0,1,0.5\n", "0,2,0.5\n", "0,1,\n", "0,1,1.5\n", "1,1,0.5\n"])
+def test_read_predictions_refuses_missing_or_impossible_values(tmp_path, lines):
+    (tmp_path / "predictions.csv").write_text(f"row,label,probability\n{lines}")
+    with pytest.raises(UserError, match="does not hold a label 0 or 1 and a probability for each row"):
+        records.read_predictions_csv(tmp_path / "predictions.csv")
+
+
+def test_a_record_replaces_the_link_to_an_older_model(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "elsewhere")
+    write_example_record(tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+    assert (tmp_path / "elsewhere").is_dir()
