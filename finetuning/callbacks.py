@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from finetuning.system.console import progress_bar
+from finetuning.system.console import print_status, progress_bar
 from finetuning.system.errors import UserError
 
 
@@ -42,7 +42,15 @@ class TensorBoard:
         self.num_written = {"eval_history": 0, "epoch_metrics": 0}
 
     def __call__(self, state):
-        """Write what is new in the state."""
+        """Write what is new in the state; if the disk is full or fails, warn and write nothing more."""
+        try:
+            self.write_new(state)
+        except OSError as error:
+            print_status(f"Could not write for TensorBoard: {error}; training continues without it")
+            self.num_written = {}
+
+    def write_new(self, state):
+        """Write the log lines that are not written yet."""
         for name, count in self.num_written.items():
             new = getattr(state, name)[count:]
             self.num_written[name] += len(new)

@@ -58,7 +58,7 @@ class Checkpointer:
     def save(self, state: TrainState) -> None:
         """Save the trainable weights and everything else that resuming needs.
 
-        If the disk is full, warn and continue training. Raises UserError if losses or weights are not finite.
+        If the disk is full or fails, warn and continue training. Raises UserError if losses or weights are not finite.
         """
         trainable = {name: p.detach() for name, p in self.classifier.model.named_parameters() if p.requires_grad}
         check_finite(state, num_steps=len(state.losses))
@@ -81,7 +81,7 @@ class Checkpointer:
                 write_checkpoint(content, temporary)
                 if self.path.exists():
                     os.replace(self.path, self.previous)
-        except UserError as error:
+        except (UserError, OSError) as error:  # such as a file system's limit of a file's size
             print_status(f"Could not save a checkpoint after step {state.step}: {error}; training continues")
 
 

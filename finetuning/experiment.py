@@ -227,6 +227,7 @@ def train_model(
     torch.manual_seed(args.seed)
     optimizers = build_optimizers(args.optimizer, classifier.model, args.learning_rate, args.muon_learning_rate)
     state = restore(run.checkpoint, classifier, optimizers) if run.checkpoint else TrainState()
+    run.checkpoint = None  # free the memory
     distributed.seed_per_rank(args.seed, state.step)
     state.seconds += time.perf_counter() - started
     fingerprint = run_fingerprint(run.metadata)
@@ -239,8 +240,8 @@ def train_model(
             if pending:
                 raise pending[0]
 
-        # The main process saves and stops; the other ranks end when they miss it.
-        main_callbacks = [bar, *([run.tensorboard] if run.tensorboard else []), save_or_stop]
+        # Only the main process saves and stops; the other ranks then fail in their next collective operation.
+        main_callbacks = [callback for callback in (bar, run.tensorboard, save_or_stop) if callback]
         other_callbacks = [lambda state: distributed.seed_per_rank(args.seed, state.step)]
         callbacks = main_callbacks if distributed.is_main_process() else other_callbacks
         state = train_classifier(classifier, optimizers, train, validation, config, state, callbacks)

@@ -72,3 +72,17 @@ def test_run_without_the_flag_does_not_import_tensorboard(tiny_gpt, data_dir, tm
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     train_gpt.main([*tiny_gpt_flags(tiny_gpt, data_dir, tmp_path / "run"), "--max_steps", "1"])
     assert not list((tmp_path / "run").glob("events*"))
+
+
+@installed
+def test_tensorboard_on_a_full_disk_warns_once_and_lets_training_continue(tmp_path, monkeypatch, capsys):
+    tensorboard = TensorBoard(tmp_path)
+
+    def fail(step, **values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensorboard, "write", fail)
+    row = {"step": 0, "train_loss": 1.0, "validation_loss": 1.0}
+    for _ in range(2):
+        tensorboard(TrainState(eval_history=[row]))
+    assert capsys.readouterr().err.count("training continues without it") == 1

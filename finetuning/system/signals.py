@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 DEFERRED_MESSAGE = (
     b"Finishing this step, then saving a checkpoint. Press Ctrl-C again to stop now "
@@ -41,7 +41,9 @@ def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
         if pending:
             raise EXCEPTIONS[number]
         pending.append(EXCEPTIONS[number]())
-        os.write(sys.__stderr__.fileno(), DEFERRED_MESSAGE)  # print() is not reentrant in a signal handler
+        # stderr may be closed, or a pipe to a `tee` that the same Ctrl-C has ended.
+        with suppress(OSError, AttributeError):
+            os.write(sys.__stderr__.fileno(), DEFERRED_MESSAGE)  # print() is not reentrant in a signal handler
 
     before = {number: signal.signal(number, handler) for number in EXCEPTIONS}
     try:

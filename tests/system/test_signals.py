@@ -102,3 +102,13 @@ def test_interrupt_in_the_final_evaluation_prints_the_resume_command(command, tm
     assert "Interrupted; to resume: python train_bert_hf.py" in (tmp_path / "log.err").read_text().splitlines()[-1]
     assert not (tmp_path / "run" / records.RECORD).exists()
     assert read_checkpoint(checkpoint_paths(tmp_path / "run")[0])["train_state"]["step"] == 3
+
+
+def test_interrupt_is_deferred_although_stderr_is_a_broken_pipe(monkeypatch):
+    """Ctrl-C also ends the `tee` that the output is piped to."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as broken, pytest.raises(KeyboardInterrupt), defer_interrupts() as pending:
+        monkeypatch.setattr(sys, "__stderr__", broken)
+        signal.raise_signal(signal.SIGINT)
+        assert len(pending) == 1
