@@ -36,6 +36,11 @@ from finetuning import checkpoint, cli  # noqa: E402
 transformers.logging.disable_progress_bar()
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes by their argument: compressed content holds the time, and parallel workers must agree on the names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Fail a test that connects to another machine."""
