@@ -9,7 +9,8 @@ import statistics
 from pathlib import Path
 
 from benchmarks.experiments import EXPERIMENTS
-from finetuning.system.errors import UserError
+from finetuning.reporting.pages import replace_sections
+from finetuning.reporting.tables import markdown_table
 from finetuning.system.files import atomic_write
 
 FOLDER = Path(__file__).parent
@@ -60,14 +61,14 @@ def merge_rows(reports: list[dict]) -> dict[str, list[dict]]:
 
 def ratio_table(rows: dict[str, list[dict]]) -> str:
     """Return the Markdown table of other implementation / project, the medians over the rounds."""
-    lines = table_head(["experiment", *PARTS.values(), *TRAINER_PARTS.values()])
+    lines = []
     for name, rounds in rows.items():
         for project, suffix in PROJECTS.items():
             if any(project in measured for measured in rounds):
                 cells = [ratio(rounds, ("reference",), project, part) for part in PARTS]
                 cells += [ratio(rounds, TRAINERS, project, part) for part in TRAINER_PARTS]
-                lines.append(table_line([name + suffix, *cells]))
-    return "\n".join(lines)
+                lines.append([name + suffix, *cells])
+    return markdown_table(["experiment", *PARTS.values(), *TRAINER_PARTS.values()], lines)
 
 
 def ratio(rounds: list[dict], others: tuple[str, ...], project: str, part: str) -> str:
@@ -85,13 +86,13 @@ def ratio(rounds: list[dict], others: tuple[str, ...], project: str, part: str) 
 
 def share_table(rows: dict[str, list[dict]]) -> str:
     """Return the Markdown table of FLOPs and of the share of the device's matrix rate, the medians over the rounds."""
-    lines = table_head(SHARE_COLUMNS)
+    lines = []
     for name, rounds in rows.items():
         for project, suffix in PROJECTS.items():
             runs = [measured[project] for measured in rounds if "step_share" in measured.get(project, {})]
             if runs:
-                lines.append(table_line([name + suffix, runs[0]["precision"], *share_cells(runs)]))
-    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+                lines.append([name + suffix, runs[0]["precision"], *share_cells(runs)])
+    return markdown_table(SHARE_COLUMNS, lines) if lines else "Not measured yet."
 
 
 def share_cells(runs: list[dict]) -> list[str]:
@@ -107,16 +108,6 @@ def share_cells(runs: list[dict]) -> list[str]:
         f"{median('review_flops') / 1e9:,.1f} GFLOP",
         f"{median('review_share'):.0%}",
     ]
-
-
-def table_head(cells) -> list[str]:
-    """Return the first two lines of a Markdown table."""
-    return [table_line(cells), f"|{'---|' * len(cells)}"]
-
-
-def table_line(cells) -> str:
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def sections(folder: Path = FOLDER) -> dict[str, str]:
@@ -135,15 +126,5 @@ def gpu_section(path: Path) -> str:
 
 
 def update_page(folder: Path = FOLDER) -> None:
-    """Write the generated sections between their markers in README.md; raises UserError if one is missing."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8")
-    for name, content in sections(folder).items():
-        start, end = f"<!-- {name}: written by benchmarks/speed.py --update_readme -->", f"<!-- end of {name} -->"
-        before, found_start, rest = text.partition(start)
-        _, found_end, after = rest.partition(end)
-        if not (found_start and found_end):
-            raise UserError(f"{path} must have the lines {start} and {end}")
-        text = f"{before}{start}\n{content}\n{end}{after}"
-    with atomic_write(path) as (temporary,):
-        temporary.write_text(text, encoding="utf-8")
+    """Write the generated sections of README.md; raises UserError if a marker is missing."""
+    replace_sections(folder / "README.md", sections(folder), script="benchmarks/speed.py")

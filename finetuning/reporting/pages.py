@@ -82,11 +82,11 @@ def missing_footnote(results: Path) -> str:
     return f"not measured yet, and no published time: experiments {', '.join(missing)}" if missing else ""
 
 
-def replace_sections(page: Path, sections: dict[str, str]) -> None:
-    """Replace the generated sections {name: text} of a page; raise UserError if it lacks a marker."""
+def replace_sections(page: Path, sections: dict[str, str], script: str = "reproduce.py") -> None:
+    """Replace the sections {name: text} that a script generates on a page; raise UserError if it lacks a marker."""
     text = page.read_text(encoding="utf-8")
     for name, content in sections.items():
-        start, end = markers(name)
+        start, end = markers(name, script)
         if text.count(start) != 1 or text.count(end) != 1:
             raise UserError(f"{page} must have the lines {start} and {end} once each")
         before, rest = text.split(start)
@@ -95,6 +95,6 @@ def replace_sections(page: Path, sections: dict[str, str]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def markers(name: str) -> tuple[str, str]:
-    """Return the lines before and after a generated section."""
-    return f"<!-- {name}: written by reproduce.py --update_readme -->", f"<!-- end of {name} -->"
+def markers(name: str, script: str = "reproduce.py") -> tuple[str, str]:
+    """Return the lines before and after a section that a script generates."""
+    return f"<!-- {name}: written by {script} --update_readme -->", f"<!-- end of {name} -->"
