@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import pickle
 import shutil
@@ -175,6 +176,19 @@ def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(resumable_command, tmp_
     newest, previous = checkpoint.checkpoint_paths(tmp_path / "run")
     assert checkpoint.read_checkpoint(newest)["train_state"]["step"] == 1
     assert not previous.exists()
+
+
+def test_run_continues_if_a_checkpoint_is_too_large_for_the_file_system(
+    resumable_command, tmp_path, monkeypatch, capsys
+):
+    def refuse(content, path):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", refuse)
+    train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "run")])
+    assert len(records.read_record(tmp_path / "run")["losses"]) == 12
+    message = f"Could not save a checkpoint after step 12: [Errno {errno.EFBIG}] File too large; training continues"
+    assert message in capsys.readouterr().err
 
 
 def test_non_finite_weights_are_not_saved(resumable_command, tmp_path, monkeypatch):
