@@ -36,23 +36,47 @@ from finetuning.trainable_layers import set_trainable
 
 MODELS = {
     "distilbert": EncoderSpec(
-        "distilbert/distilbert-base-uncased",
-        "classifier",
-        ("pre_classifier",),
-        "distilbert.transformer.layer",
+        hub_id="distilbert/distilbert-base-uncased",
+        head="classifier",
+        pooler_and_norm=("pre_classifier",),
+        blocks="distilbert.transformer.layer",
         replace_head=False,
     ),
-    "bert": EncoderSpec("google-bert/bert-base-uncased", "classifier", ("bert.pooler",), "bert.encoder.layer"),
-    "roberta": EncoderSpec("FacebookAI/roberta-large", "classifier.out_proj", (), "roberta.encoder.layer"),
-    "deberta-v3-base": EncoderSpec("microsoft/deberta-v3-base", "classifier", ("pooler",), "deberta.encoder.layer"),
+    "bert": EncoderSpec(
+        hub_id="google-bert/bert-base-uncased",
+        head="classifier",
+        pooler_and_norm=("bert.pooler",),
+        blocks="bert.encoder.layer",
+    ),
+    "roberta": EncoderSpec(
+        hub_id="FacebookAI/roberta-large",
+        head="classifier.out_proj",
+        pooler_and_norm=(),
+        blocks="roberta.encoder.layer",
+    ),
+    "deberta-v3-base": EncoderSpec(
+        hub_id="microsoft/deberta-v3-base",
+        head="classifier",
+        pooler_and_norm=("pooler",),
+        blocks="deberta.encoder.layer",
+    ),
     "modernbert-base": EncoderSpec(
-        "answerdotai/ModernBERT-base", "classifier", ("model.final_norm", "head"), "model.layers"
+        hub_id="answerdotai/ModernBERT-base",
+        head="classifier",
+        pooler_and_norm=("model.final_norm", "head"),
+        blocks="model.layers",
     ),
     "modernbert-large": EncoderSpec(
-        "answerdotai/ModernBERT-large", "classifier", ("model.final_norm", "head"), "model.layers"
+        hub_id="answerdotai/ModernBERT-large",
+        head="classifier",
+        pooler_and_norm=("model.final_norm", "head"),
+        blocks="model.layers",
     ),
     "minilm": EncoderSpec(
-        "sentence-transformers/all-MiniLM-L6-v2", "classifier", ("bert.pooler",), "bert.encoder.layer"
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        head="classifier",
+        pooler_and_norm=("bert.pooler",),
+        blocks="bert.encoder.layer",
     ),
 }
 

@@ -47,6 +47,7 @@ MODEL_CONFIGS = {
     "gpt2-large (774M)": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
     "gpt2-xl (1558M)": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
 }
+# Keys of a configuration that must be 1 or more.
 SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 # The files of a model folder; one given to --model_size needs no weights.
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.tiktoken", "model.safetensors"

@@ -43,7 +43,7 @@ from finetuning.training import TrainConfig, TrainState, accuracy, train_classif
 
 @dataclass
 class Task:
-    """What a run needs to know of a model family."""
+    """A model to fine-tune, with the functions that pool its outputs and save it."""
 
     model: nn.Module
     head: nn.Module  # the output layer
@@ -54,7 +54,7 @@ class Task:
 
 @dataclass
 class RunContext:
-    """What is known of a run before its model is loaded."""
+    """Arguments, folder, checkpoint and device of a run."""
 
     args: argparse.Namespace
     name: str
@@ -77,19 +77,20 @@ class RunContext:
 def start_run(args: argparse.Namespace, name: str) -> Iterator[RunContext]:
     """Yield the context of a new or resumed run, its folder locked and torchrun's processes connected.
 
-    Raises UserError for every mistake that shows without a model. Up to `finetune` the main process
-    goes first, so that the others find what it has downloaded and cached.
+    Raises UserError for invalid arguments, data, devices and checkpoints. The other processes wait here
+    until the main process reaches `finetune`, and then find its downloads and token cache.
     """
     folder = records.run_folder(args, name)
     if args.resume and not args.output_dir:
         folder = find_interrupted_run(folder)
+        name = folder.name
     with distributed.process_group(), ExitStack() as stack:
         if distributed.is_main_process():
             stack.enter_context(exclusive_dir(folder, "--output_dir"))
         stack.enter_context(resume_hint(folder, args.command))
         stack.enter_context(out_of_memory_hint(args))
         distributed.wait_for_main_process()
-        yield prepare(args, folder.name if args.resume and not args.output_dir else name, folder)
+        yield prepare(args, name, folder)
 
 
 def prepare(args: argparse.Namespace, name: str, folder: Path) -> RunContext:
@@ -148,7 +149,7 @@ def select_precision(name: str, device: torch.device, checkpoint: dict | None) -
 def finetune(run: RunContext, task: Task, train: IMDbDataset, validation: IMDbDataset, test: IMDbDataset) -> None:
     """Train, evaluate, print the published log and write the record."""
     distributed.release_other_processes()
-    # Machines of other nodes need not see the disk with the checkpoint.
+    # Other nodes may not share the file system that holds the checkpoint.
     run.checkpoint = distributed.broadcast(run.checkpoint)
     print_status(count_line(len(train), len(validation), len(test)))
     with out_of_memory_hint():
@@ -157,7 +158,7 @@ def finetune(run: RunContext, task: Task, train: IMDbDataset, validation: IMDbDa
     trained, splits, state = train_model(run, task, classifier, splits)
     print(end_of_training(state.seconds), flush=True)
 
-    # The whole model classifies the test set, as predict.py does.
+    # The test set goes through the whole model without cached outputs, as in predict.py.
     classifiers = {"train": trained, "validation": trained, "test": classifier}
     started = time.perf_counter()
     logits = {split: predict_logits(reviews, classifiers[split]) for split, reviews in splits.items()}

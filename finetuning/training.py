@@ -176,7 +176,7 @@ def mean_loss(reviews: IMDbDataset, classifier: Classifier) -> float:
 
 
 def accuracy(logits: torch.Tensor, labels) -> float:
-    """Return the share of rows whose largest logit is at the label."""
+    """Return the fraction of correct predictions, from logits (reviews, classes) and labels (reviews,)."""
     return (logits.argmax(dim=-1).numpy() == labels).mean().item()
 
 

@@ -95,7 +95,7 @@ def test_muon_excludes_frozen_matrices_tied_embeddings_and_other_embedding_class
     assert parameter_names(net, adamw) == {"words.weight", "positions.weight"}
 
 
-def test_optimizers_update_every_parameter_and_restore_their_state():
+def test_optimizer_steps_change_every_parameter_and_restore_their_state():
     def step(net, optimizers):
         hidden = net["hidden"](net["embedding"](torch.tensor([1, 2])))
         nn.functional.cross_entropy(net["head"](hidden), torch.tensor([0, 1])).backward()

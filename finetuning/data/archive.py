@@ -61,7 +61,7 @@ def describe_fault(path: Path, error: Exception | str) -> str:
     if not kind:
         line = first_line(path)
         kind = f"a text file that begins with {line!r}" if line else "a file of unknown content"
-    extract = "; extract it and pass the folder" * kind.endswith(("zip file", "7z file", "RAR file"))
+    extract = "; extract it and pass the folder" if kind.endswith(("zip file", "7z file", "RAR file")) else ""
     return f"is {kind}, not a tar archive of the reviews{extract}"
 
 

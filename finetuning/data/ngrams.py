@@ -16,13 +16,13 @@ TOKEN_PATTERN = re.compile(r"\w+|[^\w\s]")  # words and single punctuation marks
 class NBLogCountRatio(TransformerMixin, BaseEstimator):
     """Binary n-gram features, weighted by the log-count ratio of the two classes and scaled to unit length.
 
-    The weight of an n-gram is the log of its share among the n-grams of positive texts over its
-    share among those of negative texts; the number of texts that hold it, plus `alpha`, is its count.
+    The weight of an n-gram is log((p / sum(p)) / (q / sum(q))). The arrays p and q (n-grams,) hold the
+    number of positive and of negative texts that contain it, plus `alpha`.
 
     Parameters
     ----------
     min_df : smallest number of training texts that an n-gram must occur in
-    alpha : added to every count
+    alpha : smoothing parameter, added to every count
     ngram_range : (smallest, largest) number of words in an n-gram
 
     Attributes
@@ -38,12 +38,12 @@ class NBLogCountRatio(TransformerMixin, BaseEstimator):
         self.ngram_range = ngram_range
 
     def fit(self, texts: Iterable[str], labels) -> "NBLogCountRatio":
-        """Learn n-grams and weights from texts with labels 0 or 1."""
+        """Fit the vocabulary and weights to texts with labels 0 or 1."""
         self.fit_transform(texts, labels)
         return self
 
     def fit_transform(self, texts: Iterable[str], labels) -> sparse.csr_matrix:
-        """Learn n-grams and weights; return the features of the training texts, sparse (texts, n-grams) float32."""
+        """Fit as `fit` does; return the features of the training texts, sparse (texts, n-grams) float32."""
         words = [tokenize(text) for text in texts]
         self.vocabulary_ = {word: index for index, word in enumerate(dict.fromkeys(chain.from_iterable(words)), 1)}
         rows, keys = self._keys(words)

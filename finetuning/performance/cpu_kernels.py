@@ -23,12 +23,12 @@ from torch.overrides import TorchFunctionMode
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # supported here
 FAST_DTYPE = torch.bfloat16  # the dtype in which attention without dropout is faster here
 MAX_TOKENS = 512  # sequence length up to which bf16 attention is faster here than PyTorch's fused kernel
-# oneDNN compiles a kernel for each number of rows of a matrix and keeps a thousand of them.
+# oneDNN compiles and keeps a kernel for each number of rows of a matrix, which takes time and memory.
 ROW_MULTIPLE = 64
 
 
 def num_filler_rows(num_rows: int, limit: int) -> int:
-    """Return how many of up to `limit` unused rows to add to a matrix, so that few numbers of rows occur."""
+    """Return how many unused rows, at most `limit`, complete a matrix to a multiple of ROW_MULTIPLE rows."""
     return min(-num_rows % ROW_MULTIPLE, limit)
 
 

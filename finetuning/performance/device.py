@@ -67,9 +67,8 @@ def select_precision(name: str, device: torch.device) -> tuple[str, str]:
     if name != "auto":
         return name, "as requested"
     if device.type == "cuda":
-        return (
-            "bf16" if is_ampere(device) else "fp32"
-        ), f"compute capability {compute_capability(device)}; bf16 is native from 8.0 on"
+        precision = "bf16" if is_ampere(device) else "fp32"
+        return precision, f"compute capability {compute_capability(device)}; bf16 is native from 8.0 on"
     if device.type == "cpu":
         return select_cpu_precision()
     return "fp32", f"the default on {device.type}; --precision bf16 requests bf16"

@@ -1,9 +1,9 @@
-"""The book's GPT model without computation that the logits do not depend on, and the poolings of its logits.
+"""The book's GPT model without computation that the logits do not depend on, and its pooling functions.
 
 Three savings, each equal to `GPTModel.forward` up to rounding:
 
 - Logits at selected positions only: the last block's queries, its feed-forward layers and the head
-  run for the tokens whose logits are read, while keys and values still come from all tokens.
+  run for the tokens whose logits are requested, while keys and values still come from all tokens.
 - Packed sequences: the texts of a batch are concatenated without padding, and each attends to itself.
 - Cached hidden states: the blocks below the last one can be run once if they are frozen.
 """

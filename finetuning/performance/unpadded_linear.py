@@ -52,7 +52,8 @@ class ScatterRows(torch.autograd.Function):
 class unpadded_linear(TorchFunctionMode):  # noqa: N801, a context like torch.no_grad
     """Context in which linear layers skip the padding of inputs (batch, tokens, width) of `attention_mask`'s shape.
 
-    `attention_mask` (batch, tokens) is 1 at non-padding tokens. A little padding is computed as filler.
+    `attention_mask` (batch, tokens) is 1 at non-padding tokens. Some padding is computed to reach a multiple of
+    `cpu_kernels.ROW_MULTIPLE` rows.
     """
 
     def __init__(self, attention_mask: torch.Tensor):
