@@ -23,13 +23,14 @@ from torch.overrides import TorchFunctionMode
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # supported here
 FAST_DTYPE = torch.bfloat16  # the dtype in which attention without dropout is faster here
 MAX_TOKENS = 512  # sequence length up to which bf16 attention is faster here than PyTorch's fused kernel
-# oneDNN compiles and keeps a kernel for each number of rows of a matrix, which takes time and memory.
-ROW_MULTIPLE = 64
+# oneDNN compiles and keeps a kernel for each shape of a matrix, which takes time and memory: few shapes are used.
+ROW_MULTIPLE = 64  # of tokens in a linear layer
+KEY_MULTIPLE = 32  # of keys in the attention of a review
 
 
-def num_filler_rows(num_rows: int, limit: int) -> int:
-    """Return how many unused rows, at most `limit`, complete a matrix to a multiple of ROW_MULTIPLE rows."""
-    return min(-num_rows % ROW_MULTIPLE, limit)
+def num_filler(size: int, multiple: int, limit: int) -> int:
+    """Return how many unused rows or keys, at most `limit`, complete `size` to a multiple."""
+    return min(-size % multiple, limit)
 
 
 def random_bits(shape: Sequence[int]) -> torch.Tensor:
@@ -69,8 +70,8 @@ class Attention(torch.autograd.Function):
     """Softmax attention, one review at a time, whose weights are dropped with probability `p`.
 
     query, key, value: (batch, heads, tokens, head_dim); `mask`, None or bool, broadcasts to (batch, heads,
-    tokens, tokens) and is True where a query may attend to a key. Keys after the last one that a review
-    may attend to are skipped. The gradients are those of Dao et al. (2022, FlashAttention, appendix B).
+    tokens, tokens) and is True where a query may attend to a key. Most keys after the last one that a
+    review may attend to are skipped. The gradients are those of Dao et al. (2022, FlashAttention, appendix B).
     """
 
     @staticmethod
@@ -161,12 +162,14 @@ def attention_bias_and_length(mask: torch.Tensor | None, key: torch.Tensor) -> l
     """Return (bias, length) for each review, or a single pair if there is no mask.
 
     The bias, None or 0 and -inf, is added to the scores of the first `length` keys; later keys are masked.
+    `length` is a multiple of KEY_MULTIPLE or the number of all keys.
     """
     if mask is None:
         return [(None, key.shape[2])]
     biases = []
     for allowed in mask:
         length = int(allowed.any(dim=(0, 1)).nonzero()[-1]) + 1
+        length += num_filler(length, KEY_MULTIPLE, limit=allowed.shape[-1] - length)
         allowed = allowed[..., :length]
         bias = None if allowed.all() else torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
         biases.append((bias, length))

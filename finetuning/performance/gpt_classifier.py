@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetuning.data.batching import Batch
-from finetuning.performance.cpu_kernels import num_filler_rows
+from finetuning.performance import cpu_kernels
 from finetuning.performance.device import is_compiled
 
 
@@ -108,9 +108,10 @@ def last_non_padding_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     # Packing is faster on a CPU; a GPU prefers few large operations, and a compiled model few shapes.
     not_padding = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
     packed, lengths = batch.input_ids[not_padding], batch.lengths.tolist()
-    if num_filler := num_filler_rows(len(packed), limit=batch.input_ids.shape[1]):  # as one more text
-        packed = torch.cat([packed, packed.new_zeros(num_filler, *packed.shape[1:])])
-        lengths.append(num_filler)
+    limit = batch.input_ids.shape[1]
+    if filler := cpu_kernels.num_filler(len(packed), cpu_kernels.ROW_MULTIPLE, limit):  # as one more text
+        packed = torch.cat([packed, packed.new_zeros(filler, *packed.shape[1:])])
+        lengths.append(filler)
     last_tokens = torch.tensor([lengths]).cumsum(dim=1) - 1
     return model(packed[None], positions=last_tokens, lengths=lengths)[0, : len(batch.lengths)]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from finetuning.performance.cpu_kernels import num_filler_rows
+from finetuning.performance import cpu_kernels
 
 
 class GatherRows(torch.autograd.Function):
@@ -61,7 +61,7 @@ class unpadded_linear(TorchFunctionMode):  # noqa: N801, a context like torch.no
         self.shape = attention_mask.shape
         mask = attention_mask.flatten()
         count = int(mask.sum())
-        count += num_filler_rows(count, limit=len(mask) - count)
+        count += cpu_kernels.num_filler(count, cpu_kernels.ROW_MULTIPLE, limit=len(mask) - count)
         self.index = mask.argsort(descending=True, stable=True)[:count]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

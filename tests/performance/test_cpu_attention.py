@@ -12,7 +12,7 @@ from finetuning.performance.cpu_kernels import fast_cpu_ops
 
 
 def textbook_attention(query, key, value, allowed, p, lengths):
-    """Return attention from its definition, with the random bits drawn per review for its non-padding keys."""
+    """Return attention from its definition, with the random bits drawn per review for the first `lengths` keys."""
     outputs = []
     for review, length in enumerate(lengths):
         scores = query[review] @ key[review, :, :length].mT / query.shape[-1] ** 0.5
@@ -36,8 +36,9 @@ def test_attention_and_its_gradients_match_the_definition(mask, p, monkeypatch):
     elif mask:
         allowed[0, :, :, 5:] = False  # a review of 5 tokens
         allowed[1, :, 2, 3] = False  # as in a local window
-        lengths = [5, 7]
+        lengths = [6, 7]  # 5 completed to a multiple of 3
     upstream = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    monkeypatch.setattr(cpu_kernels, "KEY_MULTIPLE", 3)
     monkeypatch.setattr(cpu_kernels, "FAST_DTYPE", torch.float64)  # compare without rounding errors
 
     torch.manual_seed(1)

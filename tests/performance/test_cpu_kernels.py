@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 
 from finetuning.performance import cpu_kernels
-from finetuning.performance.cpu_kernels import fast_cpu_ops, num_filler_rows
+from finetuning.performance.cpu_kernels import attention_bias_and_length, fast_cpu_ops, num_filler
 
 
 def test_dropout_keeps_the_expected_fraction_and_scales_it():
@@ -111,5 +111,13 @@ def test_encoder_training_uses_the_fast_dropout_and_attention(name):
     assert "aten::bernoulli_" not in names
 
 
-def test_num_filler_rows_complete_a_multiple_up_to_the_limit():
-    assert [num_filler_rows(count, limit=10) for count in (0, 1, 60, 64, 65, 120)] == [0, 10, 4, 0, 10, 8]
+def test_num_filler_completes_a_multiple_up_to_the_limit():
+    assert [num_filler(count, multiple=64, limit=10) for count in (0, 1, 60, 64, 65, 120)] == [0, 10, 4, 0, 10, 8]
+
+
+def test_attention_lengths_are_multiples_or_all_keys():
+    counts = torch.tensor([1, 31, 32, 33, 70, 75])
+    mask = torch.arange(75)[None] < counts[:, None]
+    key = torch.zeros(6, 1, 75, 1)
+    lengths = [length for _, length in attention_bias_and_length(mask[:, None, None], key)]
+    assert lengths == [32, 32, 32, 64, 75, 75]
