@@ -25,7 +25,7 @@ FAST_DTYPE = torch.bfloat16  # the dtype in which attention without dropout is f
 MAX_TOKENS = 512  # sequence length up to which bf16 attention is faster here than PyTorch's fused kernel
 # oneDNN compiles and keeps a kernel for each shape of a matrix, which takes time and memory: few shapes are used.
 ROW_MULTIPLE = 64  # of tokens in a linear layer
-KEY_MULTIPLE = 32  # of keys in the attention of a review
+KEY_MULTIPLE = 32  # of keys in the attention of a review, and of queries in causal attention
 
 
 def num_filler(size: int, multiple: int, limit: int) -> int:
@@ -69,9 +69,10 @@ class Dropout(torch.autograd.Function):
 class Attention(torch.autograd.Function):
     """Softmax attention, one review at a time, whose weights are dropped with probability `p`.
 
-    query, key, value: (batch, heads, tokens, head_dim); `mask`, None or bool, broadcasts to (batch, heads,
-    tokens, tokens) and is True where a query may attend to a key. Most keys after the last one that a
-    review may attend to are skipped. The gradients are those of Dao et al. (2022, FlashAttention, appendix B).
+    query: (batch, heads, tokens, head_dim); key, value: (batch, heads, keys, head_dim); `mask`, None or bool,
+    broadcasts to (batch, heads, tokens, keys) and is True where a query may attend to a key. Trailing keys that
+    are masked for all queries of a review are skipped, except those that complete a multiple of KEY_MULTIPLE.
+    The gradients are those of Dao et al. (2022, FlashAttention, appendix B).
     """
 
     @staticmethod
@@ -134,14 +135,14 @@ class fast_cpu_ops(TorchFunctionMode):  # noqa: N801, a context like torch.no_gr
         """Call the override of a function, or the function itself if the override returns None."""
         kwargs = kwargs or {}
         override = OVERRIDES.get(function)
-        result = override(*args, **kwargs) if override and not may_be_checkpointed() else None
+        result = override(*args, **kwargs) if override and not may_be_recomputed() else None
         return function(*args, **kwargs) if result is None else result
 
 
-def may_be_checkpointed() -> bool:
-    """Return whether gradient checkpointing may repeat this computation during the backward pass.
+def may_be_recomputed() -> bool:
+    """Return whether activation checkpointing may recompute this call in the backward pass.
 
-    That happens outside of `fast_cpu_ops`, which would drop other elements than in the forward pass.
+    The recomputation runs outside of `fast_cpu_ops` and would drop other elements than the forward pass.
     `torch.utils.checkpoint` runs the forward pass without gradients, or with hooks on saved tensors.
     """
     return (
@@ -190,7 +191,7 @@ def attention(
     if not 0 <= dropout_p < 1 or enable_gqa or (is_causal and attn_mask is not None):
         return None
     tensors = [query, key, value]
-    if torch.is_autocast_enabled("cpu"):  # which does not convert float64
+    if torch.is_autocast_enabled("cpu"):  # autocast does not convert float64
         dtype = torch.get_autocast_dtype("cpu")
         tensors = [x if x.dtype == torch.float64 or x.device.type != "cpu" else x.to(dtype) for x in tensors]
     if not are_supported(*tensors):
@@ -200,11 +201,16 @@ def attention(
     if not dropout_p and not (trains and tensors[0].dtype == FAST_DTYPE and 1 < num_tokens == num_keys <= MAX_TOKENS):
         return None
     if is_causal:
-        attn_mask = torch.ones(1, 1, num_tokens, num_keys, dtype=torch.bool).tril()
+        # Filler comes last, so no token attends to filler keys; the outputs of filler queries are cut off below.
+        if num_tokens == num_keys:
+            tensors = [F.pad(x, (0, 0, 0, -num_tokens % KEY_MULTIPLE)) for x in tensors]
+        attn_mask = torch.ones(1, 1, tensors[0].shape[2], tensors[1].shape[2], dtype=torch.bool).tril()
     elif attn_mask is not None and not is_supported_mask(attn_mask, query, num_keys):
         return None
     with torch.autocast("cpu", enabled=False):  # it would round the scores
-        return Attention.apply(*tensors, attn_mask, dropout_p, query.shape[3] ** -0.5 if scale is None else scale)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        output = Attention.apply(*tensors, attn_mask, dropout_p, scale)
+    return output if output.shape[2] == num_tokens else output[:, :, :num_tokens]
 
 
 def are_supported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
