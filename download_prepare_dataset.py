@@ -10,6 +10,8 @@ https://github.com/rasbt/LLMs-from-scratch
 """
 
 import os
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +30,7 @@ REVIEWS_PER_FOLDER = 12_500
 LABELS = {"pos": 1, "neg": 0}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Download and read the reviews, split them and write the CSV files."""
     args = parse_args(argv)
     with exclusive_dir(args.data_dir, "--data_dir"):
@@ -40,7 +42,7 @@ def main(argv=None):
     print(f"Wrote {', '.join(map(str, csv_paths(args.data_dir)))}")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description="Download the IMDb movie reviews and write train.csv, validation.csv, test.csv")
     parser.add_argument(
@@ -62,15 +64,21 @@ def parse_args(argv=None):
 
 
 def fetch_archive(archive: str, data_dir: Path) -> Path:
-    """Return the local path of an archive or folder; download a URL to `data_dir` first."""
+    """Return the local path of an archive or folder; download a URL to `data_dir` first.
+
+    Raises UserError if there is no such file, or if the target of an unofficial URL exists.
+    """
     if not archive.startswith(("http://", "https://")):
         if not os.path.isfile(archive) and not os.path.isdir(archive):
             raise UserError(f"no archive or folder at {archive}")
         return Path(archive)
-    source = OFFICIAL if archive == OFFICIAL.url else RemoteFile(archive)
     target = data_dir / (Path(archive.partition("?")[0]).name or "archive")
-    if not (source.md5 and target.is_file() and hex_digest(target, "md5") == source.md5):
-        download(source, target)
+    if archive != OFFICIAL.url:
+        if target.exists():
+            raise UserError(f"{target} exists; pass --archive {target} to use it, or delete it to download it again")
+        download(RemoteFile(archive), target)
+    elif not target.is_file() or hex_digest(target, "md5") != OFFICIAL.md5:
+        download(OFFICIAL, target)
     return target
 
 

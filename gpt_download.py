@@ -97,7 +97,7 @@ def read_params(path: str | Path) -> dict:
                 if not name.endswith(IGNORED):
                     insert(params, name, file.get_tensor(name).astype("float32", copy=False))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}); delete it and run again") from error
+        raise UserError(f"{path} is truncated or damaged ({error}); delete it and run again") from error
     return params
 
 

@@ -16,11 +16,13 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,7 @@ PREVIEW_CHARS = 80  # characters of a text that are printed
 TOP_K = 8  # features that --explain prints for each label
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Load a saved model and print its predictions."""
     args = parse_args(argv)
     folder, settings = read_settings(args.run_folder)
@@ -54,7 +56,7 @@ def main(argv=None):
             print(next(predictions) if line.strip() else "", flush=True)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description="Classify texts with the saved model of a run.")
     add = parser.add_argument
@@ -70,7 +72,7 @@ def parse_args(argv=None):
     return args
 
 
-def read_texts(args) -> Iterator[list[str]]:
+def read_texts(args: Namespace) -> Iterator[list[str]]:
     """Yield the texts to classify in chunks; raises UserError if a text is empty or cannot be read."""
     if args.csv:
         try:
@@ -108,7 +110,7 @@ def read_stdin() -> Iterator[str]:
         raise UserError(f"standard input is not in {error.encoding.upper()}: {error.reason}") from error
 
 
-def format_predictions(classifier, texts: list[str], explain: bool) -> Iterator[str]:
+def format_predictions(classifier: Any, texts: list[str], explain: bool) -> Iterator[str]:
     """Yield what is printed for each text: label, probability and beginning; with `explain`, also the contributions."""
     explanations = classifier.explain(texts) if explain else [[]] * len(texts)
     for text, positive, explanation in zip(texts, classifier(texts), explanations, strict=True):

@@ -57,14 +57,14 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The tanh approximation of GELU (Hendrycks & Gimpel, 2016), as GPT-2 was trained with it."""
+    """The tanh approximation of GELU (Hendrycks & Gimpel, 2016), with which GPT-2 was trained."""
 
     def forward(self, x):
         return F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them, four times wider inside."""
+    """Two linear layers with a GELU between them; the hidden width is 4 * emb_dim."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -79,7 +79,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind a layer norm and beside a shortcut."""
+    """Pre-norm transformer block: attention and feed-forward, each with a residual connection."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -35,7 +35,7 @@ from finetuning.system.console import print_status
 from finetuning.system.environment import versions
 from finetuning.system.errors import UserError
 from finetuning.system.files import atomic_write, sha256
-from finetuning.system.signals import Terminated
+from finetuning.system.signals import signal_number
 
 ROOT = Path(__file__).parent
 MAX_DISAGREEMENTS, PREVIEW_CHARS = 10, 100
@@ -79,8 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description="Run the experiments, compare and verify runs, update the READMEs.")
     numbers = sorted({experiment.number for experiment in EXPERIMENTS})
     add = parser.add_argument
-    skipped = "skips those recorded with the same command, data and versions"
-    experiments = f"experiments to run, {numbers[0]} to {numbers[-1]} (default: all: days on a CPU); {skipped}"
+    skipped = "those recorded with the same command, data and versions are skipped"
+    experiments = f"experiments to run, {numbers[0]} to {numbers[-1]} (default: all, days on a CPU); {skipped}"
     add("experiments", nargs="*", type=int, metavar="N", help=experiments)
     add("--seeds", nargs="+", type=seed_int, default=[SEED], metavar="SEED", help="run each experiment with each seed")
     compare = "compare the test predictions in the folders of two runs"
@@ -97,6 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("choose one: experiments to run, --compare, --verify, --update_readme or --demo")
     if args.csv and not args.compare:
         parser.error("--csv needs --compare")
+    args.seeds = list(dict.fromkeys(args.seeds))  # each once
     return args
 
 
@@ -155,9 +156,9 @@ def run_process(command: Sequence[str], **environment: str) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt as error:
-            # Ctrl-C reaches both processes, SIGTERM only this one.
-            if isinstance(error, Terminated):
-                process.terminate()
+            # Ctrl-C reaches both processes, other signals perhaps only this one.
+            if type(error) is not KeyboardInterrupt:
+                process.send_signal(signal_number(error))
             process.wait()
             raise
 

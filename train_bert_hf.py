@@ -10,6 +10,8 @@ Experiment: Sebastian Raschka, "Build a Large Language Model (From Scratch)", bo
 https://github.com/rasbt/LLMs-from-scratch
 """
 
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +26,12 @@ from finetuning.data.hf_tokenizer import make_encode, make_tokenizer
 from finetuning.data.tokenization import EncodedReviews, concatenate, load_encoded_splits
 from finetuning.experiment import Task, finetune, start_run
 from finetuning.hub_models import EncoderSpec, load_pretrained
-from finetuning.model_trials import (
+from finetuning.model_inspection import (
     check_context_length,
     detect_finetune_layers,
+    example_reviews,
     find_padding_side,
     max_sequence_length,
-    trial_reviews,
 )
 from finetuning.system.errors import UserError
 from finetuning.trainable_layers import set_trainable
@@ -81,7 +83,7 @@ MODELS = {
 }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune an encoder."""
     args = parse_args(argv)
     spec = MODELS.get(args.model)
@@ -98,8 +100,8 @@ def main(argv=None):
         )
         padding = {"use_attention_mask": use_mask, "context_length": context_length, "padding_side": "right"}
         if spec is None:
-            make_trial = partial(make_dataset, trial_reviews(tokenizer, context_length), tokenizer, context_length)
-            padding["padding_side"] = find_padding_side(args.model, model, class_logits, make_trial, use_mask)
+            make_examples = partial(make_dataset, example_reviews(tokenizer, context_length), tokenizer, context_length)
+            padding["padding_side"] = find_padding_side(args.model, model, class_logits, make_examples, use_mask)
         datasets = [make_dataset(reviews, tokenizer, **padding, use_buckets=args.compile) for reviews in splits]
 
         save_model = partial(save, model, tokenizer, padding)
@@ -107,7 +109,7 @@ def main(argv=None):
         finetune(run, task, *datasets)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(description="Fine-tune BERT or a similar encoder on the IMDb movie reviews.")
     add = cli.add_model_arguments(parser, trainable_layers="all").add_argument
@@ -120,7 +122,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def run_name(args) -> str:
+def run_name(args: Namespace) -> str:
     """Return the run's name: model, trainable layers, arguments that differ from the defaults, seed."""
     model = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model.replace("/", "-")
     return "-".join([model, args.trainable_layers, *args.overrides, f"seed{args.seed}"])
@@ -136,7 +138,9 @@ def make_dataset(
 ) -> IMDbDataset:
     """Return encoded reviews as an IMDbDataset, padded to a few fixed lengths if `use_buckets`."""
     # If the padding is masked, padding to the longest review of the batch gives the same logits as to the full length.
-    pad_to = context_length if not use_attention_mask else length_buckets(context_length) if use_buckets else None
+    pad_to: int | tuple[int, ...] | None = context_length
+    if use_attention_mask:
+        pad_to = length_buckets(context_length) if use_buckets else None
     return IMDbDataset(reviews, tokenizer.pad_token_id, pad_to, use_attention_mask, padding_side)
 
 
@@ -150,7 +154,12 @@ def class_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         raise UserError(f"this model does not compute in bf16 ({error}); use --precision fp32") from error
 
 
-def save(model, tokenizer, padding: dict, folder: Path) -> dict:
+def save(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    padding: dict,
+    folder: Path,
+) -> dict:
     """Save model and tokenizer in Transformers' format; return the settings that `load_finetuned` needs."""
     transformers.logging.disable_progress_bar()
     model.save_pretrained(folder)
@@ -167,7 +176,7 @@ def save(model, tokenizer, padding: dict, folder: Path) -> dict:
     return {"model_type": "encoder", "base_model": model.name_or_path, **padding}
 
 
-def load_finetuned(folder: Path, settings: dict):
+def load_finetuned(folder: Path, settings: dict) -> tuple[nn.Module, Callable, Callable[[list[str]], IMDbDataset]]:
     """Load a saved model; return (model, pooling, function that turns a list of texts into an IMDbDataset)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -10,7 +10,8 @@ https://github.com/rasbt/LLMs-from-scratch
 """
 
 import json
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,7 @@ SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.tiktoken", "model.safetensors"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune a GPT."""
     args = parse_args(argv)
     with start_run(args, run_name(args)) as run:
@@ -79,7 +80,7 @@ def main(argv=None):
         finetune(run, task, *datasets)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(description="Fine-tune GPT-2 on the IMDb movie reviews.")
     add = cli.add_model_arguments(parser, trainable_layers="last_block").add_argument
@@ -110,7 +111,7 @@ def model_size(text: str) -> str:
     return text
 
 
-def run_name(args) -> str:
+def run_name(args: Namespace) -> str:
     """Return the run's name: model, trainable layers, arguments that differ from the defaults, seed."""
     folder = Path(args.model_size)
     model = folder.resolve().name if folder.is_dir() else args.model_size.replace(" (", "-").rstrip(")")
@@ -127,7 +128,7 @@ def load_config(model_size: str | Path) -> dict:
         if too_small := [key for key in SIZES if config[key] < 1]:
             raise ValueError(f"{', '.join(too_small)} must be 1 or more")
         with torch.device("meta"):  # checks the configuration without allocating memory
-            GPTModel(config)
+            GPTModel(config)(torch.zeros(1, 1, dtype=torch.long))
         return config
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} is not a valid GPT configuration: {error!r}") from error
@@ -208,7 +209,7 @@ def save(model: GPTModel, config: dict, encoding: tiktoken.Encoding, settings: d
     return {"model_type": "gpt", **settings}
 
 
-def load_finetuned(folder: Path, settings: dict):
+def load_finetuned(folder: Path, settings: dict) -> tuple[nn.Module, Callable, Callable[[list[str]], IMDbDataset]]:
     """Load a saved model; return (model, pooling, function that turns a list of texts into an IMDbDataset)."""
     with torch.device("meta"):  # skips the initialization of weights that are loaded next
         model = GPTModel(load_config(folder))

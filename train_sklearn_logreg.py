@@ -11,7 +11,8 @@ https://github.com/rasbt/LLMs-from-scratch
 
 import json
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
+from scipy import sparse
+from sklearn.base import TransformerMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -86,7 +89,7 @@ FEATURES = {
 }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Fit and evaluate the dummy classifier and logistic regression, then write the record."""
     args = parse_args(argv)
     name = run_name(args)
@@ -130,7 +133,7 @@ def main(argv=None):
         print_status(f"Record: {folder / records.RECORD}")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description="Dummy and logistic regression baselines on the IMDb movie reviews.")
     features = "counts: word counts, as published; nb-ngrams: 1- to 3-grams weighted by naive Bayes"
@@ -139,12 +142,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def run_name(args) -> str:
+def run_name(args: Namespace) -> str:
     """Return the run's name: features and seed."""
     return f"logreg-{args.features}-seed{args.seed}"
 
 
-def fit_features(vectorizer, train: pd.DataFrame, name: str):
+def fit_features(vectorizer: TransformerMixin, train: pd.DataFrame, name: str) -> tuple[sparse.csr_matrix, pd.Series]:
     """Fit the vectorizer and return (features, labels); raises UserError if the texts give no features."""
     try:
         # Free the texts: the solver needs the memory.
@@ -178,7 +181,7 @@ def model_info(model: LogisticRegression) -> dict:
     }
 
 
-def save(features: str, vectorizer, model: LogisticRegression, folder: Path) -> dict:
+def save(features: str, vectorizer: TransformerMixin, model: LogisticRegression, folder: Path) -> dict:
     """Write a fitted model to a folder; return the settings to load it with."""
     words, arrays = FEATURES[features].state(vectorizer)
     (folder / WORDS).write_text(json.dumps(words), encoding="utf-8")
@@ -186,7 +189,7 @@ def save(features: str, vectorizer, model: LogisticRegression, folder: Path) -> 
     return {"model_type": "linear", "features": features}
 
 
-def load_finetuned(folder: Path, settings: dict):
+def load_finetuned(folder: Path, settings: dict) -> tuple[TransformerMixin, LogisticRegression]:
     """Load what `save` wrote: (vectorizer, LogisticRegression)."""
     arrays = load_file(folder / ARRAYS)
     model = logistic_regression(settings["features"])

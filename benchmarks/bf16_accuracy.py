@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,7 +31,7 @@ PRECISIONS = ("fp32", "bf16")
 VALIDATION_REVIEWS = 200  # for the logged losses
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Train with each seed in each precision, print the table and write the measurements."""
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +41,7 @@ def main(argv=None):
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(
         prog="benchmarks/bf16_accuracy.py", description="Compare the accuracy of a pretrained model in fp32 and bf16."

@@ -1,4 +1,4 @@
-"""One experiment as the reference, the Hugging Face Trainer and this project train and evaluate it.
+"""Timings of one workload in the reference loop, the Hugging Face Trainer and this project.
 
 All start from the same weights and see the same reviews in the same batches of eight.
 """
@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 import train_bert_hf
 import train_gpt
 from benchmarks import limits, reference
-from benchmarks.experiments import Experiment
 from benchmarks.timing import StepClock, timed
+from benchmarks.workloads import Workload
 from finetuning.data.batching import IMDbDataset
 from finetuning.data.reviews import load_dataframes
 from finetuning.experiment import RunContext, Task, setup_model
@@ -44,24 +44,24 @@ class PreparedRun(NamedTuple):
     train: IMDbDataset  # at least `steps` + 1 batches
 
 
-def prepare(args: Namespace, experiment: Experiment, *flags: str) -> PreparedRun:
+def prepare(args: Namespace, workload: Workload, *flags: str) -> PreparedRun:
     """Run a train script up to `finetune`."""
     calls: list[tuple] = []
-    original = experiment.script.finetune
-    experiment.script.finetune = lambda *arguments: calls.append(arguments)
+    original = workload.script.finetune
+    workload.script.finetune = lambda *arguments: calls.append(arguments)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            experiment.script.main([*common_flags(args, experiment), *flags, "--output_dir", folder])
+            workload.script.main([*common_flags(args, workload), *flags, "--output_dir", folder])
     finally:
-        experiment.script.finetune = original
+        workload.script.finetune = original
     context, task, train, *_ = calls[0]
     return PreparedRun(context, task, train.head(num_reviews(args, len(train))))
 
 
-def common_flags(args: Namespace, experiment: Experiment) -> list[str]:
+def common_flags(args: Namespace, workload: Workload) -> list[str]:
     """Return the flags of the train script that do not depend on the implementation."""
     shared = {"--data_dir": args.data_dir, "--context_length": str(args.context_length), "--device": args.device}
-    return [*experiment.flags, *itertools.chain(*shared.items())]
+    return [*workload.flags, *itertools.chain(*shared.items())]
 
 
 def num_reviews(args: Namespace, available: int) -> int:
@@ -85,25 +85,25 @@ def load_hub_tokenizer(name: str):
     return AutoTokenizer.from_pretrained(source)
 
 
-def load_tokenizer(experiment: Experiment, settings: Namespace):
+def load_tokenizer(workload: Workload, settings: Namespace):
     """Return the `finetuning.data.tokenization.Tokenizer` that the train script uses."""
-    if experiment.script is train_gpt:
+    if workload.script is train_gpt:
         return train_gpt.make_tokenizer(train_gpt.load_encoding(settings.model_size))
     return train_bert_hf.make_tokenizer(load_hub_tokenizer(settings.model))
 
 
-def measure_reference(args: Namespace, experiment: Experiment) -> dict[str, Any]:
+def measure_reference(args: Namespace, workload: Workload) -> dict[str, Any]:
     """Time a training step and the evaluation of a review in the reference loop."""
-    settings = experiment.script.parse_args(common_flags(args, experiment))
+    settings = workload.script.parse_args(common_flags(args, workload))
     frame = load_dataframes(args.data_dir)[0]
     frame = frame.head(num_reviews(args, len(frame)))
-    tokenizer = load_tokenizer(experiment, settings)
+    tokenizer = load_tokenizer(workload, settings)
     dataset = reference.ReferenceDataset(frame, tokenizer.encode, args.context_length, tokenizer.pad_token_id)
-    if experiment.script is train_gpt:
+    if workload.script is train_gpt:
         model, pooling = load_book_model(settings), reference.gpt_logits("last")
         reference.use_eager_ops(model)
     else:
-        model, pooling = prepare(args, experiment).task.model, reference.encoder_logits
+        model, pooling = prepare(args, workload).task.model, reference.encoder_logits
         model.set_attn_implementation("eager")
     device = select_device(args.device)
     model.to(device)
@@ -119,11 +119,11 @@ def measure_reference(args: Namespace, experiment: Experiment) -> dict[str, Any]
     }
 
 
-def measure_trainer(args: Namespace, experiment: Experiment, precision: str) -> dict[str, Any]:
+def measure_trainer(args: Namespace, workload: Workload, precision: str) -> dict[str, Any]:
     """Time a training step and the evaluation of a review in the Hugging Face Trainer."""
     from transformers import DataCollatorWithPadding, Trainer, TrainerCallback  # the Trainer needs accelerate
 
-    context, task, train = prepare(args, experiment)
+    context, task, train = prepare(args, workload)
     clock = StepClock(context.device, args.steps)
 
     class ClockCallback(TrainerCallback):
@@ -140,6 +140,8 @@ def measure_trainer(args: Namespace, experiment: Experiment, precision: str) -> 
             callbacks=[ClockCallback()],
         )
         trainer.train()
+        if context.device.type != "cpu":
+            trainer.predict(items[: args.reviews])  # warm-up: libraries choose kernels for each shape
         review = timed(trainer.predict, items[: args.reviews]) / args.reviews
     step = statistics.median(clock.seconds())
     return {"step": step, "review": review, "peak_memory": peak_memory(context.device)}
@@ -172,37 +174,37 @@ def trainer_arguments(args: Namespace, context: RunContext, precision: str, fold
     )
 
 
-def measure_project(args: Namespace, experiment: Experiment, *flags: str) -> dict[str, Any]:
+def measure_project(args: Namespace, workload: Workload, *flags: str) -> dict[str, Any]:
     """Time a training step, the evaluation of a review and what is done once; compare them with the device's limit."""
-    context, task, train = prepare(args, experiment, "--precision", args.precision, *flags)
+    context, task, train = prepare(args, workload, "--precision", args.precision, *flags)
     # Before `setup_model`, which may compile the model.
     flops = limits.count_flops(task.model, task.pooling, int(train.lengths.max()))
     shapes = limits.linear_shapes(task.model, task.head)
     classifier, _ = setup_model(context, task)
     seconds: dict[str, Any] = {"precision": context.precision}
     started = time.perf_counter()
-    classifier, (cached, *_) = cache_frozen_outputs(context.args, classifier, task.head, train, *[train.head(1)] * 2)
+    classifier, (cached, _) = cache_frozen_outputs(context.args, classifier, task.head, train, train.head(1))
     caching = time.perf_counter() - started
     is_cached = classifier.model is task.head
     if is_cached:
         seconds["caching"] = caching / len(train) * FINAL_REVIEWS
-    elif cached.cached_head is not None:
-        count = len(cached.cached_head)
+    elif cached.cached_sample is not None:
+        count = len(cached.cached_sample)
         seconds["log_caching"] = caching / count * LOG_SAMPLE
-        seconds["log_review"] = timed(predict_logits, cached.cached_head, classifier) / count
+        seconds["log_review"] = timed(predict_logits, cached.cached_sample, classifier) / count
     steps = time_steps(args, context.args.learning_rate, classifier, cached)
     sample = cached.head(args.reviews) if is_cached else train.head(args.reviews)
     if classifier.device.type != "cpu" or context.args.compile:
-        predict_logits(sample, classifier)  # compiles, and chooses kernels for each shape
+        predict_logits(sample, classifier)  # warm-up: compilation, and the choice of kernels for each shape
     seconds["step"] = statistics.median(steps.seconds())
     seconds["review"] = timed(predict_logits, sample, classifier) / len(sample)
-    encode, texts = load_tokenizer(experiment, context.args).encode, load_dataframes(args.data_dir)[0]["text"]
+    encode, texts = load_tokenizer(workload, context.args).encode, load_dataframes(args.data_dir)[0]["text"]
     seconds["tokenizing"] = timed(encode, texts.head(args.reviews).tolist(), args.context_length)
     seconds["peak_memory"] = peak_memory(classifier.device)
     if is_cached:
         return seconds  # the head alone is not limited by arithmetic
-    rate = limits.matrix_rate(shapes, classifier.eval_tokens, context.precision, classifier.device)
-    return seconds | limit_shares(args, flops, needed_lengths(train), steps, seconds["review"], rate)
+    rate = limits.matmul_throughput(shapes, classifier.eval_tokens, context.precision, classifier.device)
+    return seconds | flops_utilization(args, flops, train.computed_lengths(), steps, seconds["review"], rate)
 
 
 def time_steps(args: Namespace, learning_rate: float, classifier: Classifier, train: IMDbDataset) -> StepClock:
@@ -221,12 +223,7 @@ def time_steps(args: Namespace, learning_rate: float, classifier: Classifier, tr
     return clock
 
 
-def needed_lengths(reviews: IMDbDataset) -> np.ndarray:
-    """Return how many tokens of each review have to be computed: its own, or all if the logits depend on padding."""
-    return np.full_like(reviews.lengths, reviews.pad_to) if isinstance(reviews.pad_to, int) else reviews.lengths
-
-
-def limit_shares(
+def flops_utilization(
     args: Namespace, flops: limits.Flops, lengths: np.ndarray, clock: StepClock, review: float, rate: float
 ) -> dict[str, Any]:
     """Return the FLOPs of a step and of a review, and the shares of the device's matrix rate that they reach."""
@@ -235,9 +232,9 @@ def limit_shares(
     rates = [count / seconds for count, seconds in zip(step_flops, clock.seconds(), strict=True)]
     review_flops = flops.evaluation(lengths[: args.reviews]) / args.reviews
     return {
-        "matrix_rate": rate,
+        "matmul_throughput": rate,
         "step_flops": statistics.median(step_flops),
-        "step_share": statistics.median(rates) / rate,
+        "step_utilization": statistics.median(rates) / rate,
         "review_flops": review_flops,
-        "review_share": review_flops / review / rate,
+        "review_utilization": review_flops / review / rate,
     }

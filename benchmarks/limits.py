@@ -1,4 +1,4 @@
-"""How much arithmetic a training step or an evaluation needs, and how fast this device multiplies matrices."""
+"""FLOPs of training steps and evaluations, and the matrix multiplication throughput of a device."""
 
 import copy
 import statistics
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetuning.data.batching import Batch
 from finetuning.performance.device import synchronize
 
-FIT_LENGTH = 8  # tokens; the fit uses this length, twice and four times of it
+FIT_LENGTH = 8  # tokens; FLOPs are counted at 1, 2 and 4 times this length
 
 
 class FlopModel(NamedTuple):
@@ -65,7 +65,9 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     meta_model: Any = copy.deepcopy(model, tensors)
     if hasattr(meta_model, "set_attn_implementation"):
         meta_model.set_attn_implementation("eager")
-        meta_model.config.pad_token_id = None  # or Transformers looks for padding, which the meta device cannot tell
+        meta_model.config.pad_token_id = (
+            None  # else Transformers would search the ids for padding, and meta tensors have no values
+        )
     return meta_model
 
 
@@ -103,7 +105,9 @@ def linear_shapes(model: nn.Module, head: nn.Module) -> Counter:
     return Counter(tuple(module.weight.shape) for module in linear)
 
 
-def matrix_rate(shapes: Counter, num_tokens: int, precision: str, device: torch.device, repeats: int = 5) -> float:
+def matmul_throughput(
+    shapes: Counter, num_tokens: int, precision: str, device: torch.device, repeats: int = 5
+) -> float:
     """Return the FLOP/s of F.linear on inputs (num_tokens, in), over layers of these shapes (out, in)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     seconds = flops = 0

@@ -1,14 +1,14 @@
 """The measurements of benchmarks/speed.py as JSON, and their tables in benchmarks/README.md.
 
 A file holds a list of reports, one for each call of the script. Their "rows" are
-{experiment: [{implementation: {part: value}} for each round]}.
+{workload: [{implementation: {part: value}} for each round]}.
 """
 
 import json
 import statistics
 from pathlib import Path
 
-from benchmarks.experiments import EXPERIMENTS
+from benchmarks.workloads import WORKLOADS
 from finetuning.reporting.pages import replace_sections
 from finetuning.reporting.tables import markdown_table
 from finetuning.system.files import atomic_write
@@ -16,7 +16,7 @@ from finetuning.system.files import atomic_write
 FOLDER = Path(__file__).parent
 PATH, GPU_PATH = Path("benchmarks/speed.json"), Path("benchmarks/speed_gpu.json")
 TRAINERS = ("trainer_fp32", "trainer_bf16")
-PROJECTS = {"project": "", "project_compiled": ", compiled"}  # implementation -> suffix of the experiment's name
+PROJECTS = {"project": "", "project_compiled": ", compiled"}  # implementation -> suffix of the workload's name
 # Parts of a run and what the tables call them.
 PARTS = {
     "run": "whole run",
@@ -26,8 +26,8 @@ PARTS = {
     "peak_memory": "peak memory",
 }
 TRAINER_PARTS = {part: f"Trainer: {PARTS[part]}" for part in ("step", "review", "peak_memory")}
-SHARE_COLUMNS = (
-    "experiment",
+UTILIZATION_COLUMNS = (
+    "workload",
     "precision",
     "matrix products",
     "training step",
@@ -38,7 +38,7 @@ SHARE_COLUMNS = (
 
 
 def add_report(path: Path, report: dict) -> None:
-    """Add a report to a file of reports, in place of its earlier measurements of the same experiments."""
+    """Add a report to a file of reports, in place of its earlier measurements of the same workloads."""
     reports = read_reports(path) if path.exists() else []
     for older in reports:
         older["rows"] = {name: rounds for name, rounds in older["rows"].items() if name not in report["rows"]}
@@ -53,9 +53,9 @@ def read_reports(path: Path) -> list[dict]:
 
 
 def merge_rows(reports: list[dict]) -> dict[str, list[dict]]:
-    """Return the rows of all reports in the order of EXPERIMENTS."""
+    """Return the rows of all reports in the order of WORKLOADS."""
     rows = {name: rounds for report in reports for name, rounds in report["rows"].items()}
-    order = list(EXPERIMENTS)
+    order = list(WORKLOADS)
     return dict(sorted(rows.items(), key=lambda row: (order.index(row[0].partition(",")[0]), row[0])))
 
 
@@ -68,7 +68,7 @@ def ratio_table(rows: dict[str, list[dict]]) -> str:
                 cells = [ratio(rounds, ("reference",), project, part) for part in PARTS]
                 cells += [ratio(rounds, TRAINERS, project, part) for part in TRAINER_PARTS]
                 lines.append([name + suffix, *cells])
-    return markdown_table(["experiment", *PARTS.values(), *TRAINER_PARTS.values()], lines)
+    return markdown_table(["workload", *PARTS.values(), *TRAINER_PARTS.values()], lines)
 
 
 def ratio(rounds: list[dict], others: tuple[str, ...], project: str, part: str) -> str:
@@ -84,36 +84,36 @@ def ratio(rounds: list[dict], others: tuple[str, ...], project: str, part: str) 
     return f"{statistics.median(ratios):.2f}x" if ratios else ""
 
 
-def share_table(rows: dict[str, list[dict]]) -> str:
+def utilization_table(rows: dict[str, list[dict]]) -> str:
     """Return the Markdown table of FLOPs and of the share of the device's matrix rate, the medians over the rounds."""
     lines = []
     for name, rounds in rows.items():
         for project, suffix in PROJECTS.items():
-            runs = [measured[project] for measured in rounds if "step_share" in measured.get(project, {})]
+            runs = [measured[project] for measured in rounds if "step_utilization" in measured.get(project, {})]
             if runs:
-                lines.append([name + suffix, runs[0]["precision"], *share_cells(runs)])
-    return markdown_table(SHARE_COLUMNS, lines) if lines else "Not measured yet."
+                lines.append([name + suffix, runs[0]["precision"], *utilization_cells(runs)])
+    return markdown_table(UTILIZATION_COLUMNS, lines) if lines else "Not measured yet."
 
 
-def share_cells(runs: list[dict]) -> list[str]:
+def utilization_cells(runs: list[dict]) -> list[str]:
     """Return the cells of the matrix rate, and of the FLOPs and the share of a training step and of an evaluation."""
 
     def median(key):
         return statistics.median(run[key] for run in runs)
 
     return [
-        f"{median('matrix_rate') / 1e9:,.0f} GFLOP/s",
+        f"{median('matmul_throughput') / 1e9:,.0f} GFLOP/s",
         f"{median('step_flops') / 1e9:,.0f} GFLOP",
-        f"{median('step_share'):.0%}",
+        f"{median('step_utilization'):.0%}",
         f"{median('review_flops') / 1e9:,.1f} GFLOP",
-        f"{median('review_share'):.0%}",
+        f"{median('review_utilization'):.0%}",
     ]
 
 
 def sections(folder: Path = FOLDER) -> dict[str, str]:
     """Return the generated sections of the page: {name: Markdown}."""
     rows = merge_rows(read_reports(folder / PATH.name))
-    return {"ratios": ratio_table(rows), "shares": share_table(rows), "gpu": gpu_section(folder / GPU_PATH.name)}
+    return {"ratios": ratio_table(rows), "shares": utilization_table(rows), "gpu": gpu_section(folder / GPU_PATH.name)}
 
 
 def gpu_section(path: Path) -> str:
@@ -122,7 +122,7 @@ def gpu_section(path: Path) -> str:
         return "Not measured yet."
     reports = read_reports(path)
     rows, hardware = merge_rows(reports), " and ".join(sorted({report["hardware"] for report in reports}))
-    return f"{hardware}:\n\n{ratio_table(rows)}\n\n{share_table(rows)}"
+    return f"{hardware}:\n\n{ratio_table(rows)}\n\n{utilization_table(rows)}"
 
 
 def update_page(folder: Path = FOLDER) -> None:

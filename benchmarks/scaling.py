@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from finetuning.training import batch_loss
 CONTEXT_LENGTH, BATCH_SIZE = 256, 8  # as published
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure one size in this process, or all of them in processes of their own."""
     args = parse_args(argv)
     if args.measure:
@@ -59,7 +60,7 @@ def main(argv=None):
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(
         prog="benchmarks/scaling.py",
@@ -151,7 +152,7 @@ def measure_step(args: Namespace, length: int) -> dict:
 def reviews_table(rows: list[dict]) -> str:
     """Return the Markdown table of seconds and memory by the number of reviews."""
     lines = [
-        "| reviews | tokenizing | from the cache | batching | peak memory | of it for reviews |",
+        "| reviews | tokenizing | from the cache | batching | peak memory | of which for reviews |",
         "|---|---|---|---|---|---|",
     ]
     lines += [

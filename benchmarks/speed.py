@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,7 +25,6 @@ import download_prepare_dataset
 import train_bert_hf
 import train_sklearn_logreg
 from benchmarks import reference, report
-from benchmarks.experiments import EXPERIMENTS
 from benchmarks.implementations import (
     FINAL_REVIEWS,
     LOG_SAMPLE,
@@ -33,6 +33,7 @@ from benchmarks.implementations import (
     measure_trainer,
 )
 from benchmarks.timing import timed
+from benchmarks.workloads import WORKLOADS
 from finetuning.cli import ArgumentParser, positive_float, positive_int, run_main, user_path
 from finetuning.performance.device import device_name, select_device
 from finetuning.system.console import print_status
@@ -41,8 +42,8 @@ from finetuning.system.errors import UserError
 
 NUM_STEPS, NUM_LOG_LINES = 4_375, 88  # of a published run
 IMPLEMENTATIONS = ("reference", *report.TRAINERS, *report.PROJECTS)
-GPU_EXPERIMENTS = ("gpt2-all", "bert-all", "modernbert-base-all")
-# What --gpu sets if it is not given.
+GPU_WORKLOADS = ("gpt2-all", "bert-all", "modernbert-base-all")
+# Defaults with --gpu.
 GPU_DEFAULTS = {
     "device": "cuda",
     "compile": True,
@@ -55,7 +56,7 @@ GPU_DEFAULTS = {
 }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure one implementation in this process, or all of them in processes of their own."""
     args = parse_args(argv)
     if args.update_readme:
@@ -66,21 +67,21 @@ def main(argv=None):
         run_rounds(args)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(
         prog="benchmarks/speed.py", description="Time this project against a reference loop and the device's limit."
     )
     add, count = parser.add_argument, {"type": positive_int, "metavar": "N"}
     add(
-        "experiments",
+        "workloads",
         nargs="*",
-        type=experiment_name,
-        metavar="EXPERIMENT",
-        help=f"{', '.join(EXPERIMENTS)} (default: all)",
+        type=workload_name,
+        metavar="WORKLOAD",
+        help=f"{', '.join(WORKLOADS)} (default: all)",
     )
     add("--data_dir", type=user_path, default=".", help="folder of the three CSV files")
-    add("--archive", type=user_path, help="archive of the reviews, for the experiment data")
+    add("--archive", type=user_path, help="archive of the reviews, for the workload data")
     add("--peer", choices=["trainer"], help="also time the Hugging Face Trainer, in fp32 and in bf16; encoders only")
     add("--compile", action="store_true", help="also time the project with --compile")
     add("--rounds", **count, default=3, help="measurements of each implementation")
@@ -94,27 +95,25 @@ def parse_args(argv=None):
     add("--gpu", action="store_true", help=f"GPT-2, BERT and ModernBERT on CUDA, with and without --compile, within "
         f"ten minutes; writes {report.GPU_PATH}")  # fmt: skip
     add("--update_readme", action="store_true", help="write the tables of benchmarks/README.md, measure nothing")
-    add("--implementation", choices=IMPLEMENTATIONS, help="measure this one of one experiment in this process")
+    add("--implementation", choices=IMPLEMENTATIONS, help="measure this one of one workload in this process")
+    if "--gpu" in (sys.argv if argv is None else argv):
+        parser.set_defaults(**GPU_DEFAULTS)
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error("--steps must be 2 or more: the first one warms up")
-    args.experiments = args.experiments or list(GPU_EXPERIMENTS if args.gpu else EXPERIMENTS)
-    if args.gpu:
-        for key, value in GPU_DEFAULTS.items():
-            if getattr(args, key) == parser.get_default(key):
-                setattr(args, key, value)
+    args.workloads = args.workloads or list(GPU_WORKLOADS if args.gpu else WORKLOADS)
     return args
 
 
-def experiment_name(text: str) -> str:
-    """Parse a name in EXPERIMENTS; `choices` of Python 3.11's argparse refuses an empty list."""
-    if text not in EXPERIMENTS:
-        raise ArgumentTypeError(f"must be one of {', '.join(EXPERIMENTS)}, not {text!r}")
+def workload_name(text: str) -> str:
+    """Parse a name in WORKLOADS; `choices` of Python 3.11's argparse refuses an empty list."""
+    if text not in WORKLOADS:
+        raise ArgumentTypeError(f"must be one of {', '.join(WORKLOADS)}, not {text!r}")
     return text
 
 
 def run_rounds(args: Namespace) -> None:
-    """Measure all experiments, print their tables and add them to the report."""
+    """Measure all workloads, print their tables and add them to the report."""
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     environment = {
         "command": args.command,
@@ -123,7 +122,7 @@ def run_rounds(args: Namespace) -> None:
         "git_commit": git_commit(),
     }
     rows, failed = {}, []
-    for name in args.experiments:
+    for name in args.workloads:
         rounds = []
         for _ in range(args.rounds):
             measured = {}
@@ -137,17 +136,17 @@ def run_rounds(args: Namespace) -> None:
             rounds += [measured] if "project" in measured else []
         if rounds:
             rows[name if args.precision == "auto" else f"{name}, {args.precision}"] = rounds
-            report.add_report(Path(args.output), {**environment, "rows": rows})  # the next experiment may take long
-    print(f"{report.ratio_table(rows)}\n\n{report.share_table(rows)}")
+            report.add_report(Path(args.output), {**environment, "rows": rows})  # the next workload may take long
+    print(f"{report.ratio_table(rows)}\n\n{report.utilization_table(rows)}")
     if failed:
         raise UserError(f"not measured: {', '.join(failed)}; the others are in {args.output}")
 
 
 def implementations(args: Namespace, name: str) -> list[str]:
-    """Return the implementations of an experiment to measure, the project first: --minutes may end the rest."""
-    experiment = EXPERIMENTS[name]
-    compiled = ["project_compiled"] if args.compile and experiment.is_neural else []
-    trainers = report.TRAINERS if args.peer == "trainer" and experiment.script is train_bert_hf else ()
+    """Return the implementations of a workload to measure, the project first: --minutes may end the rest."""
+    workload = WORKLOADS[name]
+    compiled = ["project_compiled"] if args.compile and workload.is_neural else []
+    trainers = report.TRAINERS if args.peer == "trainer" and workload.script is train_bert_hf else ()
     return ["project", "reference", *compiled, *trainers]
 
 
@@ -167,19 +166,19 @@ def measure_in_subprocess(args: Namespace, name: str, implementation: str, deadl
 
 
 def measure(args: Namespace) -> dict[str, float | str]:
-    """Return the seconds of an experiment's parts and of its whole run, and its peak memory in bytes."""
-    (name,), implementation = args.experiments, args.implementation
-    experiment = EXPERIMENTS[name]
-    if experiment.script is download_prepare_dataset:
+    """Return the seconds of a workload's parts and of its whole run, and its peak memory in bytes."""
+    (name,), implementation = args.workloads, args.implementation
+    workload = WORKLOADS[name]
+    if workload.script is download_prepare_dataset:
         return {"run": time_data(args), "peak_memory": peak_rss()}
-    if experiment.script is train_sklearn_logreg:
+    if workload.script is train_sklearn_logreg:
         return {"run": time_logreg(args), "peak_memory": peak_rss()}
     if implementation == "reference":
-        seconds = measure_reference(args, experiment)
+        seconds = measure_reference(args, workload)
     elif implementation in report.TRAINERS:
-        seconds = measure_trainer(args, experiment, precision=implementation.removeprefix("trainer_"))
+        seconds = measure_trainer(args, workload, precision=implementation.removeprefix("trainer_"))
     else:
-        seconds = measure_project(args, experiment, *(["--compile"] if implementation == "project_compiled" else []))
+        seconds = measure_project(args, workload, *(["--compile"] if implementation == "project_compiled" else []))
     return {"run": whole_run(seconds), **seconds}
 
 

@@ -13,9 +13,9 @@ NUM_INTERVALS = 6  # of a GPU's steps
 
 
 class StepClock:
-    """Callback after each training step that keeps the time; on a GPU of every sixth of the steps only.
+    """Callback that records the time after each training step; on a GPU, about NUM_INTERVALS times in all.
 
-    Waiting for a GPU after each step would keep the CPU from preparing the next one meanwhile.
+    Synchronizing with a GPU after each step would keep the CPU from preparing the next one.
     """
 
     def __init__(self, device: torch.device, num_steps: int):
@@ -33,7 +33,7 @@ class StepClock:
             self.times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Return the seconds per step of each interval of the first `num_steps`, without the first one: it warms up."""
+        """Return the mean seconds per step of each interval but the first, which warms up, within `num_steps`."""
         times = self.times[: self.num_steps // self.interval]
         return [(end - start) / self.interval for start, end in itertools.pairwise(times)]
 

@@ -4,6 +4,7 @@ A run's folder holds `checkpoint.pt` and, from the second checkpoint on, `checkp
 SHA-256 digest of the rest of the file (32 bytes) followed by what `torch.save` writes.
 """
 
+import errno
 import hashlib
 import os
 import pickle
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from finetuning.performance.device import get_rng_state, set_rng_state
 from finetuning.performance.inference import Classifier
@@ -25,8 +27,8 @@ from finetuning.training import TrainState, check_finite
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DIGEST_BYTES = 32
-KEYS = {"fingerprint", "device", "precision", "trainable", "optimizers", "rng_state", "train_state"}
-# Arguments that a resumed run may change. The type of the device may not change, which `restore` checks.
+KEYS = {"fingerprint", "device", "precision", "model", "optimizers", "rng_state", "train_state"}
+# Arguments that a resumed run may change; `restore` checks that the type of the device stays the same.
 IGNORED_ON_RESUME = {"resume", "checkpoint_minutes", "output_dir", "data_dir", "models_dir", "micro_batch_size",
                      "tensorboard", "save_model", "compile", "precision", "device"}  # fmt: skip
 
@@ -56,22 +58,21 @@ class Checkpointer:
             self.last_saved = time.monotonic()
 
     def save(self, state: TrainState) -> None:
-        """Save the trainable weights and everything else that resuming needs.
+        """Save the model's state dict without frozen parameters and everything else that resuming needs.
 
         If the disk is full or fails, warn and continue training. Raises UserError if losses or weights are not finite.
         """
-        trainable = {name: p.detach() for name, p in self.classifier.model.named_parameters() if p.requires_grad}
         check_finite(state, num_steps=len(state.losses))
-        if not all(tensor.isfinite().all() for tensor in trainable.values()):
+        if not all(p.isfinite().all() for p in self.classifier.model.parameters() if p.requires_grad):
             raise UserError(
-                f"non-finite weights after step {state.step}; lower --learning_rate; "
-                "earlier checkpoints are not affected"
+                f"non-finite weights after step {state.step}; start again with a lower --learning_rate, or with "
+                "--precision fp32"
             )
         content = {
             "fingerprint": self.fingerprint,
             "device": self.classifier.device.type,
             "precision": self.classifier.precision,
-            "trainable": trainable,
+            "model": state_dict_without_frozen(self.classifier.model),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng_state": get_rng_state(self.classifier.device),
             "train_state": {**asdict(state), "losses": [float(loss) for loss in state.losses]},
@@ -81,8 +82,23 @@ class Checkpointer:
                 write_checkpoint(content, temporary)
                 if self.path.exists():
                     os.replace(self.path, self.previous)
-        except (UserError, OSError) as error:  # such as a file system's limit of a file's size
+        except (UserError, OSError) as error:  # such as a file size limit
             print_status(f"Could not save a checkpoint after step {state.step}: {error}; training continues")
+
+
+def state_dict_without_frozen(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's state dict without frozen parameters; it keeps buffers, which training may change."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def digest_frozen_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's frozen weights, which a checkpoint does not hold."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        if not p.requires_grad:
+            digest.update(p.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def remove_checkpoints(folder: str | Path) -> None:
@@ -102,7 +118,7 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def find_interrupted_run(folder: Path) -> Path:
-    """Return a run's folder if it holds a checkpoint, else one that holds the same run's in another precision."""
+    """Return `folder`, or that of the same run in another precision if only that one holds a checkpoint."""
 
     def without_precision(path):
         return re.sub("-precision_[a-z0-9]+", "", path.name)
@@ -112,9 +128,18 @@ def find_interrupted_run(folder: Path) -> Path:
 
 
 def run_fingerprint(metadata: dict) -> dict:
-    """Return the arguments and data digests that a run and its checkpoint must agree in."""
+    """Return the arguments and data digests that must be the same in a run and its checkpoint."""
     arguments = {key: value for key, value in metadata["arguments"].items() if key not in IGNORED_ON_RESUME}
     return {**arguments, **metadata["data"]}
+
+
+def check_fingerprint(content: dict, fingerprint: dict, name: str | Path) -> None:
+    """Raise UserError if the checkpoint called `name` belongs to a run with another fingerprint."""
+    if differing := [key for key, value in fingerprint.items() if content["fingerprint"].get(key) != value]:
+        raise UserError(
+            f"--resume: {name} belongs to a run with other {', '.join(differing)}; use its flags, data and model, or "
+            "choose another --output_dir"
+        )
 
 
 def write_checkpoint(content: dict, path: Path) -> None:
@@ -146,6 +171,10 @@ def read_checkpoint(path: Path) -> dict | None:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError):
         return None
+    except OSError as error:
+        if error.errno != errno.EIO:  # a bad sector
+            raise
+        return None
     return content if isinstance(content, dict) and content.keys() == KEYS else None
 
 
@@ -168,11 +197,7 @@ def load_checkpoint(folder: str | Path, fingerprint: dict) -> dict:
             f"--resume: {' and '.join(map(str, found))}: damaged, or not a checkpoint of this version; "
             "delete the file and start again without --resume"
         )
-    if differing := [key for key, value in fingerprint.items() if content["fingerprint"].get(key) != value]:
-        raise UserError(
-            f"--resume: {path} belongs to a run with other {', '.join(differing)}; use its flags and data, or choose "
-            "another --output_dir"
-        )
+    check_fingerprint(content, fingerprint, path)
     if path == previous:
         step = content["train_state"]["step"]
         print_status(f"{newest} is damaged or missing; resuming from the previous checkpoint, of step {step}")
@@ -180,23 +205,24 @@ def load_checkpoint(folder: str | Path, fingerprint: dict) -> dict:
     return content
 
 
-def restore(content: dict, classifier: Classifier, optimizers: list[torch.optim.Optimizer]) -> TrainState:
+def restore(
+    content: dict, fingerprint: dict, classifier: Classifier, optimizers: list[torch.optim.Optimizer]
+) -> TrainState:
     """Load a checkpoint into the model, the optimizers and the random state; return its TrainState.
 
-    Raises UserError if the run started on another type of device or with another model.
+    Raises UserError if the run started on another type of device, with another model or with another fingerprint.
     """
     if content["device"] != classifier.device.type:
         raise UserError(
             f"--resume: the run started on {content['device']}; its numbers would change on "
             f"{classifier.device.type}; use --device {content['device']}"
         )
-    parameters = {name: p for name, p in classifier.model.named_parameters() if p.requires_grad}
-    shapes = {name: tensor.shape for name, tensor in content["trainable"].items()}
-    if {name: p.shape for name, p in parameters.items()} != shapes:
-        raise UserError("--resume: the checkpoint belongs to another model; names or shapes of its parameters differ")
-    with torch.no_grad():
-        for name, tensor in content["trainable"].items():
-            parameters[name].copy_(tensor)
+    state_dict = state_dict_without_frozen(classifier.model)
+    if {name: x.shape for name, x in state_dict.items()} != {name: x.shape for name, x in content["model"].items()}:
+        raise UserError("--resume: the checkpoint belongs to another model; names or shapes of its tensors differ")
+    check_fingerprint(content, fingerprint, "the checkpoint")
+    for name, tensor in content["model"].items():
+        state_dict[name].copy_(tensor)
     for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     set_rng_state(content["rng_state"], classifier.device)

@@ -9,15 +9,16 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, NoReturn, TypeVar
 
 from finetuning.system.console import print_status
 from finetuning.system.environment import under_torchrun
 from finetuning.system.errors import UserError, is_out_of_memory
 from finetuning.system.files import DISK_ERRNOS
-from finetuning.system.signals import exit_status, raise_terminated
+from finetuning.system.signals import raise_on_signals, signal_number
 
+T = TypeVar("T", int, float)
 CONTEXT_LENGTHS = ("longest_training_example", "model_context_length")
 # Arguments that do not change what is trained, or that are in the run's name anyway.
 EXCLUDED_FROM_RUN_NAME = {"model", "model_size", "trainable_layers", "seed", "command", "data_dir", "output_dir",
@@ -39,7 +40,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; add what was typed as `command`, and the arguments that a run's name shows as `overrides`."""
+        """Parse the arguments; add `command`, the command line as typed, and `overrides`, the parts of a run's name."""
         namespace = super().parse_args(args, namespace)
         launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if under_torchrun() else ["python"]
         namespace.command = shlex.join([*launcher, self.prog, *(sys.argv[1:] if args is None else args)])
@@ -50,7 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
         ]
         return namespace
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Raise UserError."""
         raise UserError(f"{message} (see --help)")
 
@@ -60,7 +61,7 @@ def user_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def number(text: str, kind: type, condition: Callable[[float], bool], description: str):
+def number(text: str, kind: type[T], condition: Callable[[T], bool], description: str) -> T:
     """Parse a number; raise ArgumentTypeError if it is malformed or does not meet the condition."""
     try:
         value = kind(text)
@@ -103,8 +104,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, trainable_layers: str):
-    """Add the group of flags about the model with those of both neural train scripts; return the group."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, trainable_layers: str) -> argparse._ArgumentGroup:
+    """Add a group with the model flags of both neural train scripts; return it for a script's own flags."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--trainable_layers",
@@ -158,7 +159,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, learning_rate: fl
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; print user errors, external errors and interrupts as one line and exit."""
-    signal.signal(signal.SIGTERM, raise_terminated)
+    raise_on_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for characters that the console cannot encode
@@ -180,8 +181,9 @@ def run_main(main: Callable[[], None]) -> None:
             fail("out of memory")
         raise
     except KeyboardInterrupt as error:
-        print_status(str(error) or "Interrupted.")
-        sys.exit(exit_status(error))
+        with suppress(OSError):  # a pipe to a `tee` that the same Ctrl-C has ended
+            print_status(str(error) or "Interrupted.")
+        sys.exit(128 + signal_number(error))  # as a shell reports a signal
 
 
 def fail(message: str) -> None:
@@ -190,7 +192,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def single_report():
+def single_report() -> AbstractContextManager:
     """Return a context in which only one of torchrun's processes reports a failure."""
     if not under_torchrun():
         return nullcontext()

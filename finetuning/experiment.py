@@ -14,6 +14,7 @@ from torch import nn
 from finetuning.callbacks import TensorBoard, training_bar
 from finetuning.checkpoint import (
     Checkpointer,
+    digest_frozen_weights,
     find_interrupted_run,
     has_checkpoint,
     load_checkpoint,
@@ -33,7 +34,7 @@ from finetuning.reporting import records
 from finetuning.reporting.plots import plot_run
 from finetuning.reporting.published_log import accuracy_lines, end_of_training
 from finetuning.reporting.saved_models import save_model
-from finetuning.system.console import print_status
+from finetuning.system.console import log, print_status
 from finetuning.system.errors import UserError
 from finetuning.system.files import exclusive_dir
 from finetuning.system.signals import defer_interrupts
@@ -156,7 +157,7 @@ def finetune(run: RunContext, task: Task, train: IMDbDataset, validation: IMDbDa
         classifier, model_info = setup_model(run, task)
     splits = {"train": train, "validation": validation, "test": test}
     trained, splits, state = train_model(run, task, classifier, splits)
-    print(end_of_training(state.seconds), flush=True)
+    log(end_of_training(state.seconds))
 
     # The test set goes through the whole model without cached outputs, as in predict.py.
     classifiers = {"train": trained, "validation": trained, "test": classifier}
@@ -167,7 +168,7 @@ def finetune(run: RunContext, task: Task, train: IMDbDataset, validation: IMDbDa
     if not distributed.is_main_process():
         return
     accuracies = {split: accuracy(logits[split], reviews.labels) for split, reviews in splits.items()}
-    print(accuracy_lines(accuracies))
+    log(accuracy_lines(accuracies))
 
     counts = {split: len(reviews) for split, reviews in splits.items()}
     num_trained = state.step * run.config.batch_size
@@ -221,17 +222,17 @@ def train_model(
 ) -> tuple[Classifier, dict[str, IMDbDataset], TrainState]:
     """Train; return the trained classifier and the splits, which may use cached frozen outputs, and the final state."""
     args, config = run.args, run.config
+    fingerprint = run_fingerprint(run.metadata) | {"frozen weights": digest_frozen_weights(task.model)}
     started = time.perf_counter()
     classifier, (train, validation) = cache_frozen_outputs(
         args, classifier, task.head, splits["train"], splits["validation"]
     )
     torch.manual_seed(args.seed)
     optimizers = build_optimizers(args.optimizer, classifier.model, args.learning_rate, args.muon_learning_rate)
-    state = restore(run.checkpoint, classifier, optimizers) if run.checkpoint else TrainState()
+    state = restore(run.checkpoint, fingerprint, classifier, optimizers) if run.checkpoint else TrainState()
     run.checkpoint = None  # free the memory
     distributed.seed_per_rank(args.seed, state.step)
     state.seconds += time.perf_counter() - started
-    fingerprint = run_fingerprint(run.metadata)
     checkpointer = Checkpointer(run.folder, classifier, optimizers, fingerprint, args.checkpoint_minutes)
     num_steps = config.num_steps(len(train))
     with defer_interrupts() as pending, training_bar(state, num_steps, config.batch_size) as bar:

@@ -1,7 +1,7 @@
 """Sequence classifiers of the Hugging Face Hub: load them safely and give them a new output layer."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -21,15 +21,15 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from finetuning.data.reviews import LABEL_NAMES, NUM_CLASSES
-from finetuning.model_trials import detect_output_layer
+from finetuning.model_inspection import detect_output_layer
 from finetuning.system.console import print_status
 from finetuning.system.errors import UserError
 from finetuning.system.hub import check_cached_weights
 from finetuning.system.model_files import check_model_folder
 from finetuning.system.network import is_network_error, misconfigured_variable
-from finetuning.trainable_layers import FinetuneLayers, head_of
+from finetuning.trainable_layers import FinetuneLayers, classification_head
 
-# Overrides what the checkpoint of another task may have configured.
+# Settings that override those of a checkpoint for another task.
 CONFIG = {
     "id2label": dict(enumerate(LABEL_NAMES)),
     "label2id": {label_name: label for label, label_name in enumerate(LABEL_NAMES)},
@@ -56,7 +56,7 @@ class EncoderSpec(NamedTuple):
         """Return the last layers of a loaded model."""
         blocks: Any = model.get_submodule(self.blocks)
         pooler_and_norm = [model.get_submodule(path) for path in self.pooler_and_norm]
-        return FinetuneLayers(head_of(model, self.head), pooler_and_norm, blocks[-1])
+        return FinetuneLayers(classification_head(model, self.head), pooler_and_norm, blocks[-1])
 
 
 def load_pretrained(
@@ -98,12 +98,12 @@ def load_pretrained(
     new = {*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])}
     check_pretrained(name, model, new)
     new |= replace_output_layer(name, model, tokenizer, spec)
-    check_finite(name, model)
+    check_finite_weights(name, model)
     print_status(f"Randomly initialized layers: {', '.join(sorted({key.rpartition('.')[0] for key in new}))}")
     return model, tokenizer
 
 
-def loading_problem(error, name, source, specs):
+def loading_problem(error: Exception, name: str, source: str, specs: Mapping[str, EncoderSpec]) -> str | None:
     """Return the end of the message "cannot load --model X", or None to let the error through."""
     if isinstance(error, UserError):
         return None
@@ -119,7 +119,7 @@ def loading_problem(error, name, source, specs):
     return f"; it is none of {', '.join(specs)}: {error}" if specs and is_unknown else f": {error}"
 
 
-def check_no_adapter(name, source):
+def check_no_adapter(name: str, source: str) -> None:
     """Raise UserError if a repository or folder holds an adapter, which would be applied to the weights."""
     if find_adapter_config_file(source):
         raise UserError(
@@ -128,10 +128,10 @@ def check_no_adapter(name, source):
         )
 
 
-def check_vocabulary(name, tokenizer, num_embeddings):
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
     """Raise UserError if the tokenizer has no vocabulary or a larger one than the model."""
     vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) <= len(tokenizer.all_special_ids):  # some load so if their files are missing
+    if len(vocabulary) <= len(tokenizer.all_special_ids):  # as some tokenizers load if their files are missing
         raise UserError(f"cannot load --model {name}: its tokenizer has no vocabulary; are its files missing?")
     if num_embeddings is not None and max(vocabulary.values()) >= num_embeddings:
         raise UserError(
@@ -149,7 +149,7 @@ def set_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def check_pretrained(name, model, new):
+def check_pretrained(name: str, model: PreTrainedModel, new: Iterable[str]) -> None:
     """Raise UserError if weights of transformer blocks or embeddings are among the new parameters."""
     pretrained = tuple(
         f"{path}."
@@ -164,7 +164,7 @@ def check_pretrained(name, model, new):
         )
 
 
-def check_finite(name, model):
+def check_finite_weights(name: str, model: PreTrainedModel) -> None:
     """Raise UserError if the checkpoint holds NaN or infinite weights."""
     for path, parameter in model.named_parameters():
         if not parameter.isfinite().all():

@@ -49,7 +49,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def trial_copy(model: nn.Module) -> Iterator[nn.Module]:
+def isolated_copy(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of a model that shares its parameters, with gradients disabled.
 
     Forward passes of the copy change neither the model's modules and configuration nor the random
@@ -67,26 +67,26 @@ def trial_copy(model: nn.Module) -> Iterator[nn.Module]:
 def modules_in_order(model: nn.Module, **inputs: Any) -> list[nn.Module]:
     """Return the modules with parameters of their own in the order in which they run for these inputs."""
     order = []
-    with trial_copy(model) as trial:
-        originals = dict(zip(trial.modules(), model.modules(), strict=True))
+    with isolated_copy(model) as copied:
+        originals = dict(zip(copied.modules(), model.modules(), strict=True))
         for module in originals:
             if any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(lambda module, _: order.append(originals[module]))
-        trial.eval()(**inputs)
+        copied.eval()(**inputs)
     return order
 
 
 def find_output_layer(model: nn.Module, order: list[nn.Module], num_classes: int) -> str:
     """Return the path of a model's output layer: the last of `modules_in_order`, with `num_classes` outputs.
 
-    Raises UserError if that is not a linear layer.
+    Raises UserError if that is not a linear layer with `num_classes` outputs.
     """
     if not isinstance(order[-1], nn.Linear) or order[-1].out_features != num_classes:
         raise UserError("cannot find this model's output layer; is it a sequence classifier?")
     return next(path for path, module in model.named_modules() if module is order[-1])
 
 
-def head_of(model: nn.Module, path: str) -> nn.Module:
+def classification_head(model: nn.Module, path: str) -> nn.Module:
     """Return the classification head that holds the output layer at `path`, or else the output layer."""
     part = model.get_submodule(path.partition(".")[0])
     return model.get_submodule(path) if part is getattr(model, "base_model", None) else part
@@ -100,7 +100,7 @@ def find_finetune_layers(
     The blocks are the list of `num_blocks` modules that runs last; `pooler_and_norm` are the modules
     that run between its last member and the head. Raises UserError if there is no output layer.
     """
-    head = head_of(model, find_output_layer(model, order, num_classes))
+    head = classification_head(model, find_output_layer(model, order, num_classes))
     last_run = {module: position for position, module in enumerate(order)}
 
     def end_of(block):

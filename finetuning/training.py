@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -94,6 +95,7 @@ def train_classifier(
                 log_losses(state, epoch, classifier, samples, config)
             state.step += 1
             if state.step % steps_per_epoch == 0 or state.step == last_step:
+                state.batches = None  # the epoch has ended
                 log_accuracies(state, classifier, samples, config)
             state.seconds = time.perf_counter() - started
             for callback in callbacks:
@@ -157,9 +159,8 @@ def log_losses(
 
 
 def log_accuracies(state: TrainState, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig) -> None:
-    """End an epoch: evaluate, extend the epoch metrics and print a log line."""
+    """Evaluate, extend the epoch metrics and print a log line."""
     check_finite(state, num_steps=config.eval_freq)
-    state.batches = None
     train_accuracy, validation_accuracy = (
         accuracy(predict_logits(sample, classifier), sample.labels) for sample in samples
     )
@@ -167,7 +168,7 @@ def log_accuracies(state: TrainState, classifier: Classifier, samples: list[IMDb
         {"step": state.step, "train_accuracy": train_accuracy, "validation_accuracy": validation_accuracy}
     )
     log(epoch_line(state.epoch_metrics[-1]))
-    synchronize(classifier.device)
+    synchronize(classifier.device)  # so that TrainState.seconds includes queued work
 
 
 def mean_loss(reviews: IMDbDataset, classifier: Classifier) -> float:
@@ -175,7 +176,7 @@ def mean_loss(reviews: IMDbDataset, classifier: Classifier) -> float:
     return F.cross_entropy(predict_logits(reviews, classifier), torch.from_numpy(reviews.labels)).item()
 
 
-def accuracy(logits: torch.Tensor, labels) -> float:
+def accuracy(logits: torch.Tensor, labels: np.ndarray) -> float:
     """Return the fraction of correct predictions, from logits (reviews, classes) and labels (reviews,)."""
     return (logits.argmax(dim=-1).numpy() == labels).mean().item()
 
@@ -186,7 +187,7 @@ def check_finite(state: TrainState, num_steps: int) -> None:
     for step, loss in enumerate(map(float, recent), start=len(state.losses) - len(recent)):
         if not math.isfinite(loss):
             advice = (
-                "lower --learning_rate or use --precision fp32; earlier checkpoints are not affected"
+                "start again with a lower --learning_rate, or with --precision fp32"
                 if step
                 else "use --precision fp32 or another model: no weight has changed yet"
             )

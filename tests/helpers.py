@@ -89,7 +89,7 @@ def example_record(**changes) -> dict:
     return {
         "name": "example-seed123",
         "command": "python example.py",
-        "arguments": {"data_dir": "."},
+        "arguments": {"data_dir": ".", "seed": 123},
         "hardware": "a CPU",
         "precision": None,
         "versions": {},
@@ -124,7 +124,8 @@ def write_example_record(folder, probabilities=(0.9, 0.25, 1 / 3, 0.1), labels=(
 def write_sized_example(folder, accuracy: float, data_dir: str = ".", **changes) -> None:
     """Write an example record with this test accuracy and the numbers of reviews that the tables require."""
     accuracies = dict.fromkeys(SPLITS, accuracy)
-    write_example_record(folder, reviews=REVIEWS[data_dir], accuracy=accuracies, **changes)
+    arguments = {"data_dir": data_dir, "seed": int(Path(folder).name.rpartition("seed")[2])}
+    write_example_record(folder, reviews=REVIEWS[data_dir], accuracy=accuracies, **{"arguments": arguments, **changes})
 
 
 # Reviews

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from finetuning.data.hf_tokenizer import make_encode
 from finetuning.data.tokenization import concatenate
 from finetuning.hub_models import replace_output_layer, set_pad_token
-from finetuning.model_trials import find_padding_side, trial_reviews
+from finetuning.model_inspection import example_reviews, find_padding_side
 from finetuning.performance.inference import Classifier, inference_context, predict_logits
 from finetuning.system.errors import UserError
 from train_bert_hf import class_logits, make_dataset
@@ -125,16 +125,16 @@ def tiny_model(config_class):
 
 
 def prepare(model):
-    """Prepare a model as `load_pretrained` does; return functions that pad three reviews and the trial reviews."""
+    """Prepare a model as `load_pretrained` does; return functions that pad three reviews and the example reviews."""
     tokenizer = tiny_tokenizer()
     set_pad_token("tiny", model, tokenizer)
     encoded = concatenate(make_encode(tokenizer)(make_reviews(3)["text"].tolist(), 24), [0, 1, 0])
     assert len(set(encoded.lengths)) == 3
     replace_output_layer("tiny", model, tokenizer, spec=None)
-    pad_reviews, pad_trials = (
-        partial(make_dataset, texts, tokenizer, 24) for texts in (encoded, trial_reviews(tokenizer, 24))
+    pad_reviews, pad_examples = (
+        partial(make_dataset, texts, tokenizer, 24) for texts in (encoded, example_reviews(tokenizer, 24))
     )
-    return pad_reviews, pad_trials
+    return pad_reviews, pad_examples
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,13 @@ def test_find_padding_side_makes_predictions_independent_of_the_batch(config_cla
             tiny_model(config_class)
         return
     model = tiny_model(config_class)
-    make_reviews, make_trial = prepare(model)
+    make_reviews, make_examples = prepare(model)
     model.eval()
     if model_type in REFUSED:
         with pytest.raises(UserError, match=REFUSED[model_type]):
-            find_padding_side("tiny", model, class_logits, make_trial, use_attention_mask=True)
+            find_padding_side("tiny", model, class_logits, make_examples, use_attention_mask=True)
         return
-    side = find_padding_side("tiny", model, class_logits, make_trial, use_attention_mask=True)
+    side = find_padding_side("tiny", model, class_logits, make_examples, use_attention_mask=True)
     assert side == ("left" if model_type == "xlnet" else "right")
     dataset = make_reviews(use_attention_mask=True, padding_side=side)
     classifier = Classifier(model, class_logits, torch.device("cpu"))

@@ -102,7 +102,7 @@ def test_demo_runs_all_models_and_prints_their_records(root, capfd):
 
     # No record of the demo can be used for an experiment, whatever folder it is copied to.
     for row, other in pairwise([*reproduce.EXPERIMENTS, reproduce.EXPERIMENTS[0]]):
-        assert not tables.recorded(row, root / "demo" / "results")
+        assert not tables.load_records(row, root / "demo" / "results")
         target = root / "results" / row.data_dir / f"{row.name}-seed123"
         shutil.copytree(root / "demo" / "results" / "DEMO-logreg", target)
         with pytest.raises(UserError, match="has other numbers of reviews"):

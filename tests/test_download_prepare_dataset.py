@@ -153,6 +153,15 @@ def test_archive_of_another_url_needs_no_checksum(served, tmp_path):
     assert len(pd.concat(read_splits(tmp_path / "data"))) == 12
 
 
+def test_download_does_not_overwrite_a_file_of_the_same_name(served, tmp_path, failing):
+    content, _ = served
+    (tmp_path / "train.csv").write_text("mine")
+    with LocalServer({"/train.csv": content}) as server:
+        error = failing(dataset.main, "--archive", f"{server.url}/train.csv", "--data_dir", tmp_path)
+    assert f"{tmp_path / 'train.csv'} exists; pass --archive" in error
+    assert (tmp_path / "train.csv").read_text() == "mine"
+
+
 @pytest.mark.parametrize("archive", ["http://127.0.0.1:9/a.tar.gz", "http://", "https://[/a.tar.gz", "http://a b/c"])
 def test_unreachable_server_is_reported(tmp_path, failing, archive, monkeypatch):
     monkeypatch.setattr("finetuning.system.download.time.sleep", lambda seconds: None)

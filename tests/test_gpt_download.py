@@ -95,7 +95,7 @@ def test_download_and_load_gpt2_reports_an_unreachable_hub():
 def test_download_and_load_gpt2_refuses_a_truncated_file(repository, tmp_path, num_bytes):
     weights = repository / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:num_bytes])
-    with pytest.raises(UserError, match="cut short or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         download_and_load_gpt2("124M", move_to_models_dir(repository, tmp_path))
 
 
@@ -126,9 +126,9 @@ CASES = [
         )
         for name in ("config.json", "model.safetensors")
     ],
-    gpt_weights("truncated GPT-2", "models/0M/model.safetensors is cut short or damaged", lambda content: content[:-9]),
+    gpt_weights("truncated GPT-2", "models/0M/model.safetensors is truncated or damaged", lambda content: content[:-9]),
     gpt_weights(
-        "an HTML page as GPT-2", "models/0M/model.safetensors is cut short or damaged", lambda content: b"<html>"
+        "an HTML page as GPT-2", "models/0M/model.safetensors is truncated or damaged", lambda content: b"<html>"
     ),
     gpt_weights(
         "GPT-2 of other names",

@@ -12,7 +12,7 @@ from finetuning.reporting.experiments import SEED, Experiment
 from finetuning.reporting.records import RECORD, read_record
 from finetuning.system.errors import UserError
 from finetuning.system.files import sha256
-from finetuning.system.signals import Terminated, raise_terminated
+from finetuning.system.signals import Hangup, Terminated, raise_exception
 
 COUNTS = Experiment(number=8, title="Counts", command="python train_sklearn_logreg.py", name="logreg-counts")
 
@@ -41,6 +41,10 @@ def test_experiments_run_once_and_a_failure_does_not_stop_the_others(root, capfd
     out, err = capfd.readouterr()
     assert "Experiment 8: already recorded in results/logreg-counts-seed123" in err
     assert "Logistic regression classifier:" not in out
+
+
+def test_each_seed_runs_once():
+    assert reproduce.parse_args(["8", "--seeds", "124", "123", "124"]).seeds == [124, 123]
 
 
 def test_missing_data_are_named_with_the_command_of_their_split(root):
@@ -78,28 +82,29 @@ def save(*_):
     time.sleep(0.6)  # longer than subprocess.run waits before it kills
     open("saved", "w").close()
     sys.exit(143)
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, save)
-for number in sys.argv[1:]:
-    os.kill(int(number), signal.SIGTERM if len(sys.argv) == 2 else signal.SIGINT)
+number, *processes = map(int, sys.argv[1:])
+signal.signal(number, save)
+for process in processes:
+    os.kill(process, number)
 time.sleep(60)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("by_keyboard", [False, True])
-def test_run_process_waits_until_an_interrupted_run_has_saved(root, by_keyboard):
-    """SIGTERM reaches only reproduce.py, Ctrl-C reaches the run as well."""
-    # A background job may ignore SIGINT.
-    handlers = {signal.SIGTERM: raise_terminated, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    shell = ["sh", "-c", 'exec "$0" "$@"' + " $$" * by_keyboard]
+@pytest.mark.parametrize(
+    ("name", "reaches_the_run", "exception"),
+    [("SIGINT", True, KeyboardInterrupt), ("SIGTERM", False, Terminated), ("SIGHUP", False, Hangup)],
+)
+def test_run_process_waits_until_an_interrupted_run_has_saved(root, name, reaches_the_run, exception):
+    """Ctrl-C reaches the run as well, other signals may reach only reproduce.py."""
+    number = getattr(signal, name)
+    before = signal.signal(number, raise_exception)
+    shell = ["sh", "-c", 'exec "$0" "$@"' + " $$" * reaches_the_run]
     try:
-        with pytest.raises(KeyboardInterrupt if by_keyboard else Terminated):
-            reproduce.run_process([*shell, sys.executable, "-c", SAVE_ON_SIGNAL, str(os.getpid())])
+        with pytest.raises(exception):
+            reproduce.run_process([*shell, sys.executable, "-c", SAVE_ON_SIGNAL, str(int(number)), str(os.getpid())])
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(number, before)
     assert (root / "saved").exists()
 
 
@@ -149,7 +154,7 @@ def two_runs(root):
     """Runs on the reviews "a", "bbb", "cc" and "dddd": A is incorrect on the third, B on the second and fourth."""
     pd.DataFrame({"text": ["a", "bbb", "cc", "dddd"], "label": [1, 0, 1, 0]}).to_csv(root / "test.csv", index=False)
     shared = {
-        "arguments": {"data_dir": str(root)},
+        "arguments": {"data_dir": str(root), "seed": 123},
         "data": {"train.csv": "", "validation.csv": "", "test.csv": sha256(root / "test.csv")},
     }
     write_example_record(root / "run_a", (0.9, 0.25, 0.4, 0.1), name="A-run", **shared)

@@ -59,7 +59,7 @@ def test_too_large_vocabulary_is_reported(data_dir, failing, monkeypatch):
         train_sklearn_logreg.main, "--data_dir", data_dir, "--output_dir", data_dir / "run", "--features", "nb-ngrams"
     )
     assert message.endswith(
-        "cannot compute --features nb-ngrams of the training set: its 16 distinct words are too "
+        "cannot compute --features nb-ngrams of the training set: 16 distinct words are too "
         "many for n-grams of 32 words"
     )
 

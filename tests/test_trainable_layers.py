@@ -8,15 +8,15 @@ from tiny_models import TINY_CONFIGS, TINY_SIZES, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, BigBirdConfig, ElectraConfig
 
 import train_gpt
-from finetuning.model_trials import detect_finetune_layers
+from finetuning.model_inspection import detect_finetune_layers
 from finetuning.performance.gpt_classifier import GPTClassifier
 from finetuning.system.errors import UserError
 from finetuning.trainable_layers import (
     count_parameters,
     find_finetune_layers,
+    isolated_copy,
     modules_in_order,
     set_trainable,
-    trial_copy,
 )
 from previous_chapters import GPTModel
 from train_bert_hf import MODELS
@@ -104,7 +104,7 @@ def test_find_finetune_layers_refuses_a_model_without_a_classifier():
         find_finetune_layers(model, modules_in_order(model, input=torch.ones(1, 4)), 1, 2)
 
 
-def test_trial_copy_does_not_change_the_model_or_the_random_state():
+def test_isolated_copy_does_not_change_the_model_or_the_random_state():
     """BigBird disables its sparse attention permanently after a short text, and seeds NumPy with each text."""
     sparse = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
     model = tiny_encoder(BigBirdConfig(**TINY_SIZES | {"max_position_embeddings": 2048}, **sparse)).train()
@@ -117,8 +117,8 @@ def test_trial_copy_does_not_change_the_model_or_the_random_state():
     before = state()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     order = modules_in_order(model, input_ids=torch.tensor([[2, 6, 3]]))
-    with trial_copy(model) as trial:
-        trial.train()(input_ids=torch.tensor([[2, 6, 3] * 16]))
+    with isolated_copy(model) as copied:
+        copied.train()(input_ids=torch.tensor([[2, 6, 3] * 16]))
         random.random()
     assert order[-1] is model.classifier.out_proj
     assert state() == before

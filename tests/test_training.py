@@ -139,7 +139,7 @@ def test_nan_loss_is_reported_at_the_next_log_line(nan_step, named_step, capsys)
         + (
             "use --precision fp32 or another model: no weight has changed yet$"
             if named_step == 0
-            else "lower --learning_rate"
+            else "start again with a lower --learning_rate"
         ),
     ):
         train_with_adamw(model, pooling, gpt_dataset(make_reviews(40)), eval_freq=3)

@@ -1,4 +1,4 @@
 """From CSV files to padded batches and sparse features: reviews, tokenization, batching, n-grams.
 
-Nothing here knows a model or a device.
+Nothing here depends on a model.
 """

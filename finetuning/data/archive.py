@@ -5,8 +5,9 @@ import re
 import tarfile
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from finetuning.system.errors import UserError
 from finetuning.system.filetypes import EMPTY, TAR, ZEROS, file_type, first_line, folder_type
@@ -16,6 +17,7 @@ FOLDERS = ("test/pos", "test/neg", "train/pos", "train/neg")  # in the published
 REVIEW_NAME = re.compile(r"(?:\./)*((?:(?!\.\.?/|__MACOSX/)[^/]+/)*)((?:test|train)/(?:pos|neg))/(\d+_\d+\.txt)")
 MAX_REVIEW_BYTES = 1_000_000  # the longest review has 13,704 characters
 
+Root = TypeVar("Root", str, Path)
 FolderContents = dict[str, dict[str, bytes]]  # {folder: {file name: content}}
 
 
@@ -72,7 +74,7 @@ def read_folder(path: Path) -> FolderContents:
         for folder in FOLDERS:
             for match in path.glob(prefix + folder):
                 if match.is_dir() and "__MACOSX" not in match.parts:
-                    roots[match.resolve().parents[1]].add(folder)
+                    roots[match.parents[1].resolve()].add(folder)
     if not roots:
         raise UserError(
             f"{path} is {folder_type(path)}, without the reviews in {', '.join(FOLDERS)}{suggest_source(path)}"
@@ -87,7 +89,7 @@ def read_folder(path: Path) -> FolderContents:
     return reviews
 
 
-def choose_root(roots: Mapping, source: Path):
+def choose_root(roots: Mapping[Root, Collection[str]], source: Path) -> Root:
     """Return the root that has all four folders, or else the one with most, of {root: its folders}.
 
     Raises UserError if several roots have all four.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader, Dataset
 
 from finetuning.data.tokenization import EncodedReviews
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
         def move(tensor):
             return (tensor.pin_memory() if is_cuda else tensor).to(device, non_blocking=is_cuda)
 
-        mask = self.attention_mask if self.attention_mask is None else move(self.attention_mask)
+        mask = None if self.attention_mask is None else move(self.attention_mask)
         return Batch(move(self.input_ids), mask, move(self.lengths), move(self.labels))
 
 
@@ -62,15 +63,19 @@ class IMDbDataset(Dataset):
         self.pad_to = pad_to
         self.use_attention_mask = use_attention_mask
         self.padding_side = padding_side
-        self.cached_head: IMDbDataset | None = None  # the first reviews as cached hidden states
+        self.cached_sample: IMDbDataset | None = None  # the first reviews as cached hidden states
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Return one review: (token ids int64, label)."""
         ids = self.token_ids[self.offsets[index] : self.offsets[index] + self.lengths[index]]
         return torch.from_numpy(ids.astype(np.int64)), int(self.labels[index])
+
+    def computed_lengths(self) -> np.ndarray:
+        """Return how many tokens of each review affect its logits: with its padding if `pad_to` is one length."""
+        return np.full_like(self.lengths, self.pad_to) if isinstance(self.pad_to, int) else self.lengths
 
     def padded_lengths(self, lengths: np.ndarray) -> np.ndarray:
         """Return the padded lengths of batches whose longest reviews have these lengths."""
@@ -81,17 +86,17 @@ class IMDbDataset(Dataset):
 
     def head(self, count: int) -> "IMDbDataset":
         """Return the first `count` reviews as a dataset that shares this one's memory."""
-        if self.cached_head is not None and count <= len(self.cached_head):
-            return self.cached_head.head(count)
+        if self.cached_sample is not None and count <= len(self.cached_sample):
+            return self.cached_sample.head(count)
         part = copy(self)
         for name in ("lengths", "num_rows", "offsets", "labels"):
             setattr(part, name, getattr(self, name)[:count])
         return part
 
-    def with_cached_head(self, cached_head: "IMDbDataset") -> "IMDbDataset":
+    def with_cached_sample(self, cached_sample: "IMDbDataset") -> "IMDbDataset":
         """Return the dataset whose `head` returns reviews as cached hidden states."""
         part = copy(self)
-        part.cached_head = cached_head
+        part.cached_sample = cached_sample
         return part
 
     def with_hidden_states(self, states: np.ndarray, num_rows: np.ndarray) -> "IMDbDataset":
@@ -101,7 +106,7 @@ class IMDbDataset(Dataset):
         part.pad_token_id = 0
         return part
 
-    def collate(self, indices) -> Batch:
+    def collate(self, indices: ArrayLike) -> Batch:
         """Return the reviews at `indices` as one padded batch."""
         indices = np.asarray(indices)
         lengths = self.lengths[indices]

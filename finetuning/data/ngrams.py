@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import normalize
@@ -37,12 +38,12 @@ class NBLogCountRatio(TransformerMixin, BaseEstimator):
         self.alpha = alpha
         self.ngram_range = ngram_range
 
-    def fit(self, texts: Iterable[str], labels) -> "NBLogCountRatio":
+    def fit(self, texts: Iterable[str], labels: ArrayLike) -> "NBLogCountRatio":
         """Fit the vocabulary and weights to texts with labels 0 or 1."""
         self.fit_transform(texts, labels)
         return self
 
-    def fit_transform(self, texts: Iterable[str], labels) -> sparse.csr_matrix:
+    def fit_transform(self, texts: Iterable[str], labels: ArrayLike) -> sparse.csr_matrix:
         """Fit as `fit` does; return the features of the training texts, sparse (texts, n-grams) float32."""
         words = [tokenize(text) for text in texts]
         self.vocabulary_ = {word: index for index, word in enumerate(dict.fromkeys(chain.from_iterable(words)), 1)}
@@ -68,7 +69,7 @@ class NBLogCountRatio(TransformerMixin, BaseEstimator):
         known = columns >= 0
         return self._weight(incidence(rows[known], columns[known], (len(words), len(self.ngram_keys_))))
 
-    def get_feature_names_out(self, input_features=None) -> np.ndarray:
+    def get_feature_names_out(self, input_features: None = None) -> np.ndarray:
         """Return the n-grams, their words separated by spaces, as an array (n-grams,) of str objects."""
         words = np.array(["", *self.vocabulary_], dtype=object)
         names, keys = np.full(len(self.ngram_keys_), "", dtype=object), self.ngram_keys_.to_numpy()
@@ -86,7 +87,7 @@ class NBLogCountRatio(TransformerMixin, BaseEstimator):
         shortest, longest = self.ngram_range
         base = len(self.vocabulary_) + 1
         if base**longest >= 2**63:
-            raise ValueError(f"its {base - 1:,} distinct words are too many for n-grams of {longest} words")
+            raise ValueError(f"{base - 1:,} distinct words are too many for n-grams of {longest} words")
         ids = np.fromiter((self.vocabulary_.get(word, 0) for word in chain.from_iterable(words)), dtype=np.int64)
         text = np.repeat(np.arange(len(words), dtype=np.int32), [len(text) for text in words])
         rows, keys = [], []
@@ -109,7 +110,7 @@ def tokenize(text: str) -> list[str]:
     return TOKEN_PATTERN.findall(text.replace("<br />", " ").lower())
 
 
-def incidence(rows, columns, shape):
+def incidence(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:
     """Return a sparse csr matrix, float32, that is 1 wherever a (row, column) pair occurs at least once."""
     matrix = sparse.csr_matrix((np.ones(len(rows), dtype=np.float32), (rows, columns)), shape=shape)
     matrix.data[:] = 1

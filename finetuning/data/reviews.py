@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def check_dataset(data_dir: str | Path = ".") -> int:
     return len(labels)
 
 
-def check_classes(labels, data_dir: str | Path) -> None:
+def check_classes(labels: np.ndarray | pd.Series, data_dir: str | Path) -> None:
     """Raise UserError if all training reviews are of one class."""
     if len(set(labels)) < 2:
         name = LABEL_NAMES[int(labels[0])]
@@ -111,7 +111,7 @@ def iterate_reviews(
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
-def read_header(path: str | Path, columns, start: bytes) -> tuple[list[str], bool]:
+def read_header(path: str | Path, columns: Iterable[str], start: bytes) -> tuple[list[str], bool]:
     """Return the column names, stripped, and whether spaces follow the commas of a CSV file's first line.
 
     `start` is the beginning of the file. Raises UserError if it is another kind of file, or if one of
@@ -134,7 +134,7 @@ def read_header(path: str | Path, columns, start: bytes) -> tuple[list[str], boo
     return names, any(name != name.lstrip() for name in header[1:])
 
 
-def validate(chunk: pd.DataFrame, path: str | Path, columns) -> pd.DataFrame:
+def validate(chunk: pd.DataFrame, path: str | Path, columns: Collection[str]) -> pd.DataFrame:
     """Return the `columns` of a chunk, `label` as integers; raises UserError for empty texts and other labels."""
     problems = {
         "the text holds a NUL byte; the file is damaged": chunk["text"].str.contains("\0", regex=False),

@@ -16,10 +16,10 @@ LINE_END = r"(?:\r\n|\r|\n)"
 
 
 def check_quotes(chunk: pd.DataFrame, path: str | Path, is_malformed: Callable[[], bool]) -> None:
-    """Raise UserError if a text with several lines holds what looks like rows of the file.
+    """Raise UserError if a text with several lines has swallowed rows of the file.
 
-    Quoted texts with several lines are allowed, unless every line of three or more looks like a row:
-    a text that merely resembles rows is refused only if the file as a whole `is_malformed`.
+    A text is refused if it has two or more line ends and all look like row boundaries, or if one does and the
+    file `is_malformed()`. The first check needs a label column.
     """
     label = chunk.columns.get_loc("label") if "label" in chunk.columns else None
     for position in set(range(chunk.shape[1])) - {label}:

@@ -34,6 +34,8 @@ def load_tiktoken_bpe(path: str | Path, vocab_size: int) -> tiktoken.Encoding:
         raise UserError(f"{path} is not a tokenizer in tiktoken's format: {error}") from error
     if not ranks.keys() >= {bytes([value]) for value in range(256)}:
         raise UserError(f"{path} is not a tokenizer in tiktoken's format: some of the 256 bytes are missing")
+    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
+        raise UserError(f"{path} is not a tokenizer in tiktoken's format: ranks are repeated or negative")
     if max(ranks.values()) >= vocab_size - 1:
         raise UserError(f"{path} has more tokens than the model's vocabulary of {vocab_size}, including {END_OF_TEXT}")
     name = hashlib.sha256(content + GPT2_PATTERN.encode()).hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from finetuning.data.reviews import csv_paths, iterate_reviews
 from finetuning.system.errors import UserError
@@ -38,7 +39,7 @@ class EncodedReviews(NamedTuple):
     labels: np.ndarray  # (reviews,) int64
 
 
-def concatenate(token_ids: list[list[int]], labels) -> EncodedReviews:
+def concatenate(token_ids: list[list[int]], labels: ArrayLike) -> EncodedReviews:
     """Return lists of ids and their labels as EncodedReviews."""
     return EncodedReviews(
         np.concatenate([np.asarray(ids, dtype="<i4") for ids in token_ids]),

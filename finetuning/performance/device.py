@@ -51,12 +51,12 @@ def device_count(device_type: str) -> int:
 def select_precision(name: str, device: torch.device) -> tuple[str, str]:
     """Return (precision, reason): "fp32", "tf32" or "bf16"; "auto" selects bf16 if it is native and faster.
 
-    The precision is that of the computation; weights are float32 either way. Raises UserError for
-    "tf32", fp32 with rounded products, on anything but CUDA since the Ampere generation.
+    The precision is that of the computation; weights are float32 either way. Raises UserError for "tf32"
+    (fp32 with matrix products rounded to TF32) unless the device is a CUDA GPU of compute capability 8.0 or higher.
     """
     if name == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 is for CUDA, not for {device.type}; use --precision fp32")
-    if name == "tf32" and not is_ampere(device):
+    if name == "tf32" and not is_ampere_or_later(device):
         raise UserError(
             f"--precision tf32 needs compute capability 8.0 or higher; {device_name(device)} has "
             f"{compute_capability(device)}: use --precision fp32"
@@ -67,7 +67,7 @@ def select_precision(name: str, device: torch.device) -> tuple[str, str]:
     if name != "auto":
         return name, "as requested"
     if device.type == "cuda":
-        precision = "bf16" if is_ampere(device) else "fp32"
+        precision = "bf16" if is_ampere_or_later(device) else "fp32"
         return precision, f"compute capability {compute_capability(device)}; bf16 is native from 8.0 on"
     if device.type == "cpu":
         return select_cpu_precision()
@@ -90,7 +90,7 @@ def compute_capability(device: torch.device) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
-def is_ampere(device: torch.device) -> bool:
+def is_ampere_or_later(device: torch.device) -> bool:
     """Return whether a GPU is of the Ampere generation or later, the first with TF32 and bf16."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -98,7 +98,7 @@ def is_ampere(device: torch.device) -> bool:
 def emulates_bf16(device: torch.device) -> bool:
     """Return whether the device is known to emulate bf16 in float32; the flags of some CPUs are unknown."""
     if device.type == "cuda":
-        return not is_ampere(device)
+        return not is_ampere_or_later(device)
     return device.type == "cpu" and bool(cpu_flags()) and not CPU_BF16_FLAGS & cpu_flags()
 
 
@@ -137,7 +137,7 @@ def tune_malloc() -> None:
 def check_compiler(device: torch.device) -> None:
     """Raise UserError if torch.compile cannot build a small kernel for the device, which takes a few seconds."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of PyTorch's compiler about PyTorch
+        with warnings.catch_warnings(action="ignore"):  # the compiler warns about PyTorch's own code
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(2, device=device))
     except Exception as error:  # compilers raise errors of any type
         lines = [line for line in str(error).splitlines() if line and not line.endswith(" raised:")] or [repr(error)]
@@ -175,9 +175,9 @@ def hardware_model(device: torch.device) -> str:
 
 
 def select_saved_precision(precision: str, hardware: str, device: torch.device) -> str:
-    """Return the precision for a saved model: that of its run on `hardware` of the same name.
+    """Return the precision to run a saved model in: that of its training run if `hardware` names this device.
 
-    On other hardware, where bf16 can be slow, "auto" decides, and tf32 becomes fp32.
+    On other hardware, "auto" replaces bf16, which can be slow there, and fp32 replaces tf32.
     """
     if hardware_model(device) in hardware:
         return precision

@@ -98,7 +98,7 @@ def report_first_failure() -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it while this process is already ending
-        if not count_earlier_failures():
+        if not register_failure():
             # If a rank is killed, the connections of the others break or torchrun terminates them.
             if isinstance(error, (RuntimeError, Terminated)) and (killed := killed_ranks()):
                 raise UserError(
@@ -139,8 +139,8 @@ def is_running(pid: int) -> bool:
         return True
 
 
-def count_earlier_failures() -> int:
-    """Return how many ranks have called this function before."""
+def register_failure() -> int:
+    """Register this rank's failure; return how many ranks failed before it."""
     try:
         return store().add("failures", 1) - 1
     except RuntimeError:  # torchrun has ended

@@ -1,11 +1,14 @@
 """Cached outputs of frozen layers, which are the same in every epoch and log line."""
 
+import argparse
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from finetuning.data.batching import Batch, IMDbDataset, batches_by_token_budget
@@ -19,7 +22,7 @@ MAX_MEMORY_FRACTION = 0.5  # of the free memory, for cached hidden states
 
 
 def cache_frozen_outputs(
-    args, classifier: Classifier, head: nn.Module, *datasets: IMDbDataset
+    args: argparse.Namespace, classifier: Classifier, head: nn.Module, *datasets: IMDbDataset
 ) -> tuple[Classifier, list]:
     """Return `(classifier, datasets)` that start from cached outputs of the frozen layers, if that saves time.
 
@@ -43,23 +46,23 @@ def cache_frozen_outputs(
         print_status("All layers below the last block are frozen: caching their outputs for the log lines")
         samples = [cache_hidden_states(classifier, sample) for sample in samples]
         cached = zip(datasets, samples, strict=True)
-        return classifier, [dataset.with_cached_head(sample) for dataset, sample in cached]
+        return classifier, [dataset.with_cached_sample(sample) for dataset, sample in cached]
     return classifier, [*datasets]
 
 
 class FeatureDataset:
-    """Reviews as vectors that the head reads (reviews, width) float32, with the interface of IMDbDataset."""
+    """Extracted features, the inputs of the head (reviews, width) float32, with the interface of IMDbDataset."""
 
     def __init__(self, features: torch.Tensor, lengths: np.ndarray, labels: np.ndarray):
         self.features = features
         self.lengths = lengths  # in tokens, by which batches can be grouped
         self.labels = labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
     @staticmethod
-    def padded_lengths(lengths):
+    def padded_lengths(lengths: np.ndarray) -> np.ndarray:
         """Return ones: each review is a single vector."""
         return np.ones_like(lengths)
 
@@ -67,7 +70,7 @@ class FeatureDataset:
         """Return the first `count` reviews."""
         return FeatureDataset(self.features[:count], self.lengths[:count], self.labels[:count])
 
-    def collate(self, indices) -> Batch:
+    def collate(self, indices: ArrayLike) -> Batch:
         """Return the reviews at `indices`, their vectors (batch, width) in place of token ids."""
         indices = np.asarray(indices)
         lengths, labels = torch.from_numpy(self.lengths[indices]), torch.from_numpy(self.labels[indices])
@@ -86,7 +89,9 @@ def is_deterministic(classifier: Classifier, dataset: IMDbDataset) -> bool:
     return all(torch.equal(before[kind], after[kind]) for kind in before)
 
 
-def extract_features(classifier: Classifier, head: nn.Module, *datasets: IMDbDataset):
+def extract_features(
+    classifier: Classifier, head: nn.Module, *datasets: IMDbDataset
+) -> tuple[Classifier, list["FeatureDataset"]]:
     """Return a classifier of the head alone and the datasets as the vectors that the head reads.
 
     With the head replaced by the identity, the pooled outputs are the head's inputs. This holds for
@@ -108,11 +113,11 @@ def extract_features(classifier: Classifier, head: nn.Module, *datasets: IMDbDat
 def cache_hidden_states(classifier: Classifier, dataset: IMDbDataset) -> IMDbDataset:
     """Return the dataset with the inputs of the last block in place of token ids; `GPTClassifier` takes either."""
     model: Any = classifier.model  # a GPTClassifier
-    num_rows = cached_lengths(dataset)
+    num_rows = dataset.computed_lengths()
     states = np.empty((num_rows.sum(), model.tok_emb.embedding_dim), dtype=np.float32)
     offsets = np.cumsum(num_rows) - num_rows
     padded = dataset.padded_lengths(dataset.lengths)
-    # They are recorded during a forward pass, so that kernels and packing are those of training and prediction.
+    # Record the states in a forward pass, so that kernels and packing are those of training and prediction.
     recording: Any = copy(model)  # a copy is not compiled
     recorder, recorded = replace(classifier, model=recording), []
 
@@ -137,13 +142,8 @@ def cache_hidden_states(classifier: Classifier, dataset: IMDbDataset) -> IMDbDat
     return dataset.with_hidden_states(states, num_rows)
 
 
-def cached_lengths(dataset: IMDbDataset) -> np.ndarray:
-    """Return how many hidden states to cache per review: including the padding if its length is fixed."""
-    return np.full_like(dataset.lengths, dataset.pad_to) if isinstance(dataset.pad_to, int) else dataset.lengths
-
-
-def fits_in_memory(model: Any, datasets) -> bool:
+def fits_in_memory(model: Any, datasets: Iterable[IMDbDataset]) -> bool:
     """Return whether the hidden states of all datasets may be cached; the machine's processes share its memory."""
-    tokens = sum(int(cached_lengths(dataset).sum()) for dataset in datasets)
+    tokens = sum(int(dataset.computed_lengths().sum()) for dataset in datasets)
     num_bytes = tokens * model.tok_emb.embedding_dim * np.dtype(np.float32).itemsize
     return num_bytes < MAX_MEMORY_FRACTION * available_memory() / distributed.local_world_size()

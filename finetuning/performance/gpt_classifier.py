@@ -8,6 +8,8 @@ Three savings, each equal to `GPTModel.forward` up to rounding:
 - Cached hidden states: the blocks below the last one can be run once if they are frozen.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,12 +22,25 @@ from finetuning.performance.device import is_compiled
 class GPTClassifier(nn.Module):
     """A view of a `GPTModel` that shares its modules, and so its parameters and state dict."""
 
+    tok_emb: nn.Module
+    pos_emb: nn.Module
+    drop_emb: nn.Module
+    trf_blocks: nn.Sequential
+    final_norm: nn.Module
+    out_head: nn.Module
+
     def __init__(self, gpt: nn.Module):
         super().__init__()
         for name, module in gpt.named_children():
             self.add_module(name, module)
 
-    def forward(self, inputs, positions=None, lengths=None, token_weights=None):
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        lengths: list[int] | None = None,
+        token_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return logits (batch, tokens, classes), or (batch, n, classes) at `positions` (batch, n).
 
         `inputs` are token ids (batch, tokens), or what `hidden_states` returned for them. With
@@ -39,23 +54,27 @@ class GPTClassifier(nn.Module):
             x = (x.float() * token_weights[..., None]).sum(dim=1) / token_weights.sum(dim=1, keepdim=True)
         return self.out_head(x)
 
-    def hidden_states(self, input_ids, lengths=None):
+    def hidden_states(self, input_ids: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
         """Return the input of the last block: token ids (batch, tokens) -> (batch, tokens, emb_dim)."""
         positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths or input_ids.shape[1:]])
         x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb(positions))
-        for block in self.trf_blocks[:-1]:
+        for block in list(self.trf_blocks)[:-1]:
             x = block_forward(block, x, lengths=lengths)
         return x
 
 
-def block_forward(block, x, positions=None, lengths=None):
+def block_forward(
+    block: Any, x: torch.Tensor, positions: torch.Tensor | None = None, lengths: list[int] | None = None
+) -> torch.Tensor:
     """Run a `TransformerBlock`: (batch, tokens, emb_dim) -> (batch, tokens or n, emb_dim)."""
     attended = attention_forward(block.att, block.norm1(x), positions, lengths)
     x = select_positions(x, positions) + block.drop_resid(attended)
     return x + block.drop_resid(block.ff(block.norm2(x)))
 
 
-def attention_forward(att, x, positions=None, lengths=None):
+def attention_forward(
+    att: Any, x: torch.Tensor, positions: torch.Tensor | None = None, lengths: list[int] | None = None
+) -> torch.Tensor:
     """Run a `MultiHeadAttention`: (batch, tokens, d_in) -> (batch, tokens or n, d_out)."""
     queries = att.split_heads(att.W_query(select_positions(x, positions)))
     keys, values = att.split_heads(att.W_key(x)), att.split_heads(att.W_value(x))
@@ -73,7 +92,9 @@ def attention_forward(att, x, positions=None, lengths=None):
     return att.out_proj(context.transpose(1, 2).flatten(2))
 
 
-def causal_attention(queries, keys, values, positions, dropout):
+def causal_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
     """Attend to the same and earlier tokens; each argument (batch, heads, tokens, head_dim).
 
     The queries are those of all tokens, of the last token, or of the tokens at `positions` (batch, n).
@@ -85,7 +106,7 @@ def causal_attention(queries, keys, values, positions, dropout):
     return F.scaled_dot_product_attention(queries, keys, values, mask[:, None], dropout_p=dropout)
 
 
-def select_positions(x, positions):
+def select_positions(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """Return x (batch, tokens, width) at positions (batch, n) as (batch, n, width), or all of x if that is None."""
     return x if positions is None else x[torch.arange(len(x), device=x.device)[:, None], positions]
 

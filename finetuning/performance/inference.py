@@ -40,7 +40,7 @@ class Classifier:
             stack.enter_context(autocast(self.device, self.precision))
             if self.device.type == "cpu" and not is_compiled(self.model):  # a compiled model is faster without
                 stack.enter_context(fast_cpu_ops())
-                if self.skip_padding and (mask := batch.attention_mask) is not None and has_padding(mask):
+                if self.skip_padding and (mask := batch.attention_mask) is not None and has_enough_padding(mask):
                     stack.enter_context(unpadded_linear(mask))
             # A copy, because the next call of a CUDA graph overwrites the output of this one.
             return self.pooling(self.model, batch).to(torch.float32, copy=True)
@@ -51,7 +51,7 @@ class Classifier:
         return min(EVAL_TOKENS_PER_BATCH[self.device.type], self.max_eval_tokens)
 
 
-def has_padding(attention_mask: torch.Tensor) -> bool:
+def has_enough_padding(attention_mask: torch.Tensor) -> bool:
     """Return whether at least MIN_PADDING of a batch's tokens are padding."""
     return attention_mask.numel() - int(attention_mask.sum()) >= MIN_PADDING * attention_mask.numel()
 

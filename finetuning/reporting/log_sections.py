@@ -5,7 +5,7 @@ from pathlib import Path
 from finetuning.data.reviews import SPLITS
 from finetuning.reporting.experiments import Experiment, PublishedLog
 from finetuning.reporting.published_log import accuracy_lines, end_of_training, epoch_line, step_line
-from finetuning.reporting.tables import STRINGS, recorded
+from finetuning.reporting.tables import STRINGS, load_records
 
 PUBLISHED_STEPS = (0, 50, 4300, 4350)  # of the published log lines, out of 4,375 steps in one epoch
 
@@ -15,7 +15,7 @@ def log_section(experiment: Experiment, results: Path, language: str = "en") -> 
     blocks = []
     if experiment.log and experiment.published:
         blocks.append(code_block(published_log(experiment.log, experiment.published)))
-    for path, record in list(recorded(experiment, results).items())[:1]:
+    for path, record in list(load_records(experiment, results).items())[:1]:
         blocks += [
             str(STRINGS[language]["measured log"]).format(record["hardware"], path),
             code_block(recorded_log(record)),

@@ -7,7 +7,7 @@ from finetuning.reporting.comparison import compare_runs
 from finetuning.reporting.experiments import EXPERIMENTS, PUBLISHED_SPLIT
 from finetuning.reporting.log_sections import code_block, log_section
 from finetuning.reporting.plots import Point, plot_experiments, plot_run
-from finetuning.reporting.tables import recorded
+from finetuning.reporting.tables import load_records
 from finetuning.system.errors import UserError
 from finetuning.system.files import atomic_write
 
@@ -30,7 +30,7 @@ def write_pages(root: Path) -> None:
         sections = {name: section(name, results, language).replace("](results/", link) for name in names}
         replace_sections(root / page, sections)
     for experiment in EXPERIMENTS:
-        for record in recorded(experiment, results):
+        for record in load_records(experiment, results):
             plot_run((root / record).parent)
     plot_experiments(accuracy_points(results), missing_footnote(results), root / FIGURE)
 
@@ -43,7 +43,7 @@ def section(name: str, results: Path, language: str) -> str:
     return {
         "results": lambda: tables.results_table(PUBLISHED_SPLIT[:8], results, language),
         "additions": lambda: tables.results_table(PUBLISHED_SPLIT[8:], results, language),
-        "significance": lambda: tables.minimum_detectable_difference(PUBLISHED_SPLIT, worse=4, better=6),
+        "significance": lambda: tables.significance_sentence(PUBLISHED_SPLIT, worse=4, better=6),
         "comparison": lambda: comparison_section(results),
         "splits": lambda: tables.splits_table(EXPERIMENTS, results),
         "times": lambda: tables.times_table(EXPERIMENTS, results, results.parent / BENCHMARKS),
@@ -52,7 +52,7 @@ def section(name: str, results: Path, language: str) -> str:
 
 def comparison_section(results: Path) -> str:
     """Return the comparison of the first records of experiments 8 and 9, if both exist."""
-    paths = [path for number in (8, 9) for path in list(recorded(PUBLISHED_SPLIT[number - 1], results))[:1]]
+    paths = [path for number in (8, 9) for path in list(load_records(PUBLISHED_SPLIT[number - 1], results))[:1]]
     if len(paths) < 2:
         return ""
     summary, _ = compare_runs(*((results.parent / path).parent for path in paths))
@@ -64,7 +64,7 @@ def accuracy_points(results: Path) -> list[Point]:
     points = []
     for experiment in PUBLISHED_SPLIT:
         label = f"{experiment.number} {experiment.title}"
-        for record in recorded(experiment, results).values():
+        for record in load_records(experiment, results).values():
             minutes = record["seconds"]["training"] / 60
             points.append(Point(label, minutes, record["accuracy"]["test"], record["test_interval_95"]))
         if experiment.published and experiment.log and experiment.log.minutes:
@@ -77,7 +77,7 @@ def missing_footnote(results: Path) -> str:
     missing = [
         str(experiment.number)
         for experiment in PUBLISHED_SPLIT
-        if not (experiment.log and experiment.log.minutes) and not recorded(experiment, results)
+        if not (experiment.log and experiment.log.minutes) and not load_records(experiment, results)
     ]
     return f"not measured yet, and no published time: experiments {', '.join(missing)}" if missing else ""
 

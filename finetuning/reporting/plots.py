@@ -39,6 +39,7 @@ def default_settings() -> Iterator[None]:
 with default_settings():
     import matplotlib
 from matplotlib import font_manager  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 CURVES = "curves.svg"
@@ -71,7 +72,7 @@ def plot_run(folder: str | Path) -> None:
     save_figure(figure, Path(folder) / CURVES)
 
 
-def plot_losses(axes, record: dict, predictions: pd.DataFrame) -> None:
+def plot_losses(axes: Axes, record: dict, predictions: pd.DataFrame) -> None:
     """Plot the smoothed loss of the training batches and the losses of the log lines."""
     losses = np.array(record["losses"])
     windows = np.array_split(losses, min(MAX_LOSS_POINTS, len(losses)))
@@ -84,7 +85,7 @@ def plot_losses(axes, record: dict, predictions: pd.DataFrame) -> None:
     axes.legend(frameon=False)
 
 
-def plot_reliability(axes, record: dict, predictions: pd.DataFrame) -> None:
+def plot_reliability(axes: Axes, record: dict, predictions: pd.DataFrame) -> None:
     """Plot a reliability diagram: accuracy against confidence, equal on the diagonal if calibrated."""
     counts, confidence, accuracy = np.array(
         reliability(predictions["label"].to_numpy(), predictions["probability"].to_numpy())

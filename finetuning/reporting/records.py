@@ -6,7 +6,7 @@
     command             command line of the run
     arguments           value of every flag, defaults included
     finished            date and time in UTC, ISO 8601
-    hardware            name of the GPU or CPU
+    hardware            name of the GPU or CPU, with the numbers of processes and threads
     precision           {"dtype": "fp32", "tf32" or "bf16", "reason": ...}; null for scikit-learn
     versions            versions of Python and the packages that affect results
     git_commit          commit of this code, "+" appended if files were changed; null outside a checkout
@@ -55,11 +55,11 @@ RECORD, PREDICTIONS, MODEL = "record.json", "test_predictions.csv", "model"
 IGNORED_ARGUMENTS = {"resume", "checkpoint_minutes", "output_dir", "models_dir", "micro_batch_size", "tensorboard",
                      "save_model"}  # fmt: skip
 NUMBER = (int, float)
-# Type of each value: one type, a tuple of alternatives, or a dictionary of required keys.
+# Type of each value: one type, a tuple of alternatives, a dictionary of required keys, or a list of its items' types.
 SCHEMA = {
     "name": str,
     "command": str,
-    "arguments": dict,
+    "arguments": {"data_dir": str, "seed": int},
     "finished": str,
     "hardware": str,
     "precision": (dict, NoneType),
@@ -71,7 +71,7 @@ SCHEMA = {
     "eval_history": list,
     "epoch_metrics": list,
     "accuracy": dict.fromkeys(SPLITS, NUMBER),
-    "test_interval_95": list,
+    "test_interval_95": [NUMBER, NUMBER],
     "calibration": {"log_loss": NUMBER, "expected_calibration_error": NUMBER},
     "duplicates": {"reviews": int, "accuracy_without": (*NUMBER, NoneType)},
     "reviews": dict.fromkeys(SPLITS, int),
@@ -133,7 +133,7 @@ def check_replaceable(folder: str | Path, metadata: dict) -> None:
 
 
 def essential_flags(command: str) -> set[tuple[str, ...]]:
-    """Return the script of a recorded command, and each flag with its values, that determine the result."""
+    """Return what determines the result in a recorded command: its script, and each flag with its values."""
     parts: list[list[str]] = [[]]
     for word in shlex.split(command):
         if word.endswith(".py"):
@@ -204,11 +204,20 @@ def read_record(folder: str | Path) -> dict:
         raise UserError(f"{path} is not the record of a run: {error}") from error
     if keys := schema_errors(record, SCHEMA):
         raise UserError(f"{path} is not a complete record: {', '.join(keys)} missing or of the wrong type")
+    if not all(isinstance(version, str) for version in record["versions"].values()):
+        raise UserError(f"{path} is not a complete record: versions missing or of the wrong type")
+    try:
+        shlex.split(record["command"])
+    except ValueError as error:
+        raise UserError(f"{path} holds a malformed command ({error}): {record['command']}") from error
     return record
 
 
-def schema_errors(value: object, schema: dict | type | tuple[type, ...], name: str = "record") -> list[str]:
+def schema_errors(value: object, schema: dict | list | type | tuple[type, ...], name: str = "record") -> list[str]:
     """Return the keys of `value` that are missing or of another type than in `schema`."""
+    if isinstance(schema, list):
+        is_valid = isinstance(value, list) and len(value) == len(schema) and all(map(isinstance, value, schema))
+        return [] if is_valid else [name]
     if not isinstance(schema, dict):
         return [] if isinstance(value, schema) else [name]
     if not isinstance(value, dict):

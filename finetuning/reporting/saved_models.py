@@ -15,6 +15,7 @@ and the script's own, such as the number of tokens that the model reads.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finetuning.reporting.records import MODEL, read_record
 from finetuning.system.console import print_status
@@ -22,11 +23,14 @@ from finetuning.system.errors import UserError
 from finetuning.system.files import atomic_write_dir, sha256
 from finetuning.system.filetypes import refuse_lfs_pointer
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
 SETTINGS, DIGESTS, CARD = "settings.json", "sha256", "README.md"
 DATASET = "stanfordnlp/imdb"  # on the Hub
 
 
-def save_model(run_folder: str | Path, save: Callable[[Path], dict], **settings) -> None:
+def save_model(run_folder: str | Path, save: Callable[[Path], dict], **settings: Any) -> None:
     """Save a model in its run's folder, atomically.
 
     `save(folder)` writes the model's files and returns the script's own settings.
@@ -36,12 +40,13 @@ def save_model(run_folder: str | Path, save: Callable[[Path], dict], **settings)
         if settings["model_type"] == "encoder":
             model_card(read_record(run_folder), settings).save(folder / CARD)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates are in a subfolder
+        lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
         (folder / DIGESTS).write_text("".join(lines), encoding="utf-8", newline="\n")
     print_status(f"Model: {Path(run_folder) / MODEL}")
 
 
-def model_card(record: dict, settings: dict):
+def model_card(record: dict, settings: dict) -> "ModelCard":
     """Return the huggingface_hub.ModelCard of a saved encoder from its run's record."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 from scipy.stats import binomtest, norm
 from sklearn.metrics import log_loss
 
+Vector = TypeVar("Vector", np.ndarray, pd.Series)
 Z_95 = norm.ppf(0.975)  # standard errors on each side of a 95% interval
 CALIBRATION_BINS = 15
 MIN_PROBABILITY = 1e-6  # limits the log loss of one prediction to 14 nats
 
 
-def predicted_labels(probabilities):
+def predicted_labels(probabilities: Vector) -> Vector:
     """Return the labels, 0 or 1, of an array of probabilities of a positive review."""
     return (probabilities > 0.5).astype(int)
 
@@ -25,7 +28,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Number of reviews that two runs, A and B, classified correctly on the same test set."""
+    """Numbers of test reviews that both, one or neither of two runs, A and B, classified correctly."""
 
     both: int
     only_a: int

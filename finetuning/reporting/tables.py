@@ -34,10 +34,11 @@ STRINGS = {
 DASH = "–"
 
 
-def recorded(experiment: Experiment, results: Path) -> dict[str, dict]:
+def load_records(experiment: Experiment, results: Path) -> dict[str, dict]:
     """Return {path of the record: record} of an experiment, one for each seed.
 
-    Raises UserError if a record is damaged or of other data.
+    A folder whose name ends with another seed than its record's is ignored. Raises UserError if a record is
+    damaged or of other data.
     """
     records, parent = {}, results / experiment.data_dir
     # A folder without a record is that of a running or interrupted run.
@@ -45,6 +46,8 @@ def recorded(experiment: Experiment, results: Path) -> dict[str, dict]:
     paths = next(filter(None, (sorted(parent.glob(f"{name}-seed*/{RECORD}")) for name in names)), [])
     for path in paths:
         record = read_record(path.parent)
+        if not path.parent.name.endswith(f"-seed{record['arguments']['seed']}"):
+            continue
         if record["reviews"] != REVIEWS[experiment.data_dir]:
             raise UserError(
                 f"{path} has other numbers of reviews ({record['reviews']}) than its split "
@@ -72,7 +75,7 @@ def results_table(experiments: Iterable[Experiment], results: Path, language: st
 
 def parameters_cell(experiment: Experiment, results: Path) -> str:
     """Return the number of parameters: from the record if there is one, else counted from the model's configuration."""
-    records = list(recorded(experiment, results).values())
+    records = list(load_records(experiment, results).values())
     if not records and not experiment.hub_id:
         return DASH
     count = records[0]["parameters"]["total"] if records else count_parameters(experiment.hub_id)
@@ -81,7 +84,7 @@ def parameters_cell(experiment: Experiment, results: Path) -> str:
 
 def accuracy_cell(experiment: Experiment, results: Path, strings: dict) -> str:
     """Return the mean test accuracy of an experiment's records, with interval and links; a dash without records."""
-    records = recorded(experiment, results)
+    records = load_records(experiment, results)
     if not records:
         return DASH
     accuracies = [record["accuracy"]["test"] for record in records.values()]
@@ -97,7 +100,7 @@ def splits_table(experiments: Sequence[Experiment], results: Path) -> str:
     official = {experiment.name: experiment for experiment in experiments if experiment.data_dir == "official"}
     rows = []
     for experiment in experiments:
-        records = recorded(experiment, results)
+        records = load_records(experiment, results)
         if experiment.data_dir != "." or not records:
             continue
         rows.append(
@@ -132,7 +135,8 @@ def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Pa
     rows = []
     for experiment in experiments:
         cells = [DASH, "", ""]
-        if records := list(recorded(experiment, results).values()):
+        if records := list(load_records(experiment, results).values()):
+            records = [record for record in records if record["hardware"] == records[0]["hardware"]]
             minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
             peak = max((record["peak_memory"] for record in records if record["peak_memory"]), default=None)
             cells = [f"{minutes:.1f} min", gigabytes(peak), records[0]["hardware"]]
@@ -143,7 +147,7 @@ def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Pa
             cells = [f"{seconds / 3600:.1f} h, extrapolated", gigabytes(peak), hardware]
         published = f"{experiment.log.minutes:.1f} min" if experiment.log and experiment.log.minutes else ""
         rows.append([str(experiment.number), experiment.title, published, *cells])
-    columns = ["#", "model", "published: training", "measured: whole run", "peak memory", "hardware"]
+    columns = ["#", "model", "published: training", "measured: training and evaluation", "peak memory", "hardware"]
     return markdown_table(columns, rows)
 
 
@@ -164,7 +168,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
-def minimum_detectable_difference(experiments: Sequence[Experiment], worse: int, better: int) -> str:
+def significance_sentence(experiments: Sequence[Experiment], worse: int, better: int) -> str:
     """Return a sentence on which differences are significant, with two published results as the example."""
     total = REVIEWS["."]["test"]
     published = {each.number: (each.title, each.published / 100) for each in experiments if each.published}

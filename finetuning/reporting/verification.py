@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import pandas as pd
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
 
+from finetuning.data.reviews import read_reviews
 from finetuning.reporting.experiments import EXPERIMENTS, Experiment
 from finetuning.reporting.records import PREDICTIONS, essential_flags, read_predictions_csv, read_record
 from finetuning.reporting.statistics import calibration, predicted_labels, wilson_interval
@@ -61,12 +64,12 @@ def check_statistics(record: dict, predictions: pd.DataFrame) -> list[Check]:
 
 def check_labels(record: dict, predictions: pd.DataFrame, repository: Path) -> Check:
     """Compare the labels with those of a local test.csv that has the recorded digest."""
-    digest, data_dir = record["data"]["test.csv"], record["arguments"].get("data_dir", ".")
+    digest, data_dir = record["data"]["test.csv"], record["arguments"]["data_dir"]
     candidates = Path(data_dir, "test.csv"), repository / data_dir / "test.csv"
     path = next((path for path in candidates if path.is_file() and sha256(path) == digest), None)
     if path is None:
         return Check("labels", None, f"there is no {Path(data_dir, 'test.csv')} with the SHA-256 {digest}")
-    labels = pd.read_csv(path, usecols=["label"])["label"]
+    labels = read_reviews(path)["label"]
     if len(labels) != len(predictions):
         return Check("labels", False, f"{len(predictions):,} predictions for the {len(labels):,} reviews of {path}")
     differing = int((labels.to_numpy() != predictions["label"].to_numpy()).sum())
@@ -97,15 +100,23 @@ def check_versions(versions: dict[str, str], requirements: Path) -> Check:
     outside = [
         f"{package} {version} is not {bounds[package]}"
         for package, version in versions.items()
-        if package in bounds and not bounds[package].contains(version.partition("+")[0], prereleases=True)
+        if package in bounds and not is_within(bounds[package], version)
     ]
     return Check("versions", not outside, "; ".join(outside) or "within the bounds of requirements-extra.txt")
+
+
+def is_within(bounds: SpecifierSet, version: str) -> bool:
+    """Return whether a version, without its local part such as "+cpu", is within bounds."""
+    try:
+        return bounds.contains(version.partition("+")[0], prereleases=True)
+    except InvalidVersion:
+        return False
 
 
 def check_command(folder: str | Path, repository: Path) -> Check:
     """Check that the record's command is the command of the experiment to which the folder belongs."""
     record = read_record(folder)
-    command, seed = record["command"], record["arguments"].get("seed", "unknown")
+    command, seed = record["command"], record["arguments"]["seed"]
     path = Path(folder).resolve()
     by_folder = [each for each in EXPERIMENTS if path == (repository / each.run_folder(seed)).resolve()]
     flags = essential_flags(command)

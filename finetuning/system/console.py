@@ -1,7 +1,9 @@
 """Output of a run: the log on standard output, status messages and progress bars on standard error."""
 
+import errno
 import sys
 from collections.abc import Sequence
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -12,17 +14,25 @@ EVALUATION_BAR_DELAY = 2  # seconds
 
 def print_status(message: str) -> None:
     """Print a message that is not part of the published log, above any progress bars."""
-    with tqdm.external_write_mode():
-        print(message, file=sys.stderr, flush=True)
+    write(message, sys.stderr)
 
 
-def log(line: str) -> None:
-    """Print a line of the published log, above any progress bars."""
-    with tqdm.external_write_mode():
-        print(line, flush=True)
+def log(text: str) -> None:
+    """Print lines of the published log, above any progress bars."""
+    write(text, sys.stdout)
 
 
-def progress_bar(iterable: Sequence | None = None, **settings) -> tqdm:
+def write(text: str, stream: TextIO) -> None:
+    """Print text above any progress bars; discard it if it goes to a terminal that was closed."""
+    try:
+        with tqdm.external_write_mode():
+            print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+
+
+def progress_bar(iterable: Sequence | None = None, **settings: Any) -> tqdm:
     """Return a tqdm bar that is shown only if standard error is a terminal."""
     return tqdm(
         iterable,

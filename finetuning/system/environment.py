@@ -100,7 +100,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this code, with "+" appended if files differ from it; None outside a git checkout.
+    """Return the commit of this code, with "+" appended if files differ from it; None if git does not track it.
 
     Records of runs and benchmarks do not count: a run that replaces one does not change the code.
     """
@@ -110,6 +110,7 @@ def git_commit() -> str | None:
         return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
 
     try:
+        git("ls-files --error-unmatch finetuning/system/environment.py")  # fails in the checkout of another project
         commit = git("rev-parse HEAD")
         changes = git("status --porcelain --untracked-files=no -- . :!results :!benchmarks/*.json")
     except (OSError, subprocess.SubprocessError):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from filelock import FileLock, Timeout
 from finetuning.system.errors import UserError
 
 LOCK_NAME = ".lock"
-# Errors of the disk or its permissions, which the user can fix.
-DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+# Errors of the disk, of permissions, and of a file where a folder is needed or the reverse; the user can fix them.
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+               errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.EFBIG, errno.ENOLCK}  # fmt: skip
 MIN_FREE_BYTES = 1 << 20  # more than a run's record, predictions and figure need
 
 
@@ -24,27 +26,45 @@ MIN_FREE_BYTES = 1 << 20  # more than a run's record, predictions and figure nee
 def atomic_write(*paths: str | Path) -> Iterator[list[Path]]:
     """Yield a temporary path for each of `paths`; rename them into place when the block succeeds.
 
-    If the block fails, the temporary files are removed and the old files stay. Several old files are
-    removed before the first rename, so that a crash can leave a file missing but never mixes old and
-    new ones. Raises UserError, naming the disk, if it is full or read-only.
+    If the block or a rename fails, the temporary files are removed and the old files stay. Several old
+    files are moved aside before the first rename, so that a crash can leave a file missing but never
+    mixes old and new ones. Raises UserError, naming the disk, if it is full or read-only, or a target is a folder.
     """
     targets = [Path(path) for path in paths]
     temporaries = [target.with_name(f".{target.name}.tmp") for target in targets]
     with report_disk_errors(targets[0].parent):
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir():
+                raise UserError(f"cannot write the file {target}: there is a folder of this name")
         try:
             yield temporaries
             for temporary in temporaries:
                 sync(temporary)
-            if len(targets) > 1:
-                for target in targets:
-                    target.unlink(missing_ok=True)
-            for temporary, target in zip(temporaries, targets, strict=True):
-                os.replace(temporary, target)
+            with moved_aside(targets if len(targets) > 1 else []):
+                for temporary, target in zip(temporaries, targets, strict=True):
+                    os.replace(temporary, target)
         finally:
             for temporary in temporaries:
                 temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def moved_aside(paths: list[Path]) -> Iterator[None]:
+    """Rename files while the block runs; restore them if it fails, or one of them is in use, else delete them."""
+    moved = []
+    try:
+        for path in filter(Path.exists, paths):
+            old = path.with_name(f".{path.name}.old.tmp")
+            os.replace(path, old)  # fails on Windows if another program has opened the file
+            moved.append((old, path))
+        yield
+    except BaseException:
+        for old, path in moved:
+            os.replace(old, path)
+        raise
+    for old, _ in moved:
+        old.unlink()
 
 
 @contextmanager
@@ -77,10 +97,21 @@ def report_disk_errors(folder: str | Path) -> Iterator[None]:
     """Turn an error about a full or read-only disk into a UserError that names the folder and the disk."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_ERRNOS:
+    except UserError:
+        raise
+    except Exception as error:
+        number = error_number(error)
+        if number not in DISK_ERRNOS:
             raise
-        raise UserError(f"cannot write to {folder}: {error.strerror} ({describe_disk(folder)})") from error
+        raise UserError(f"cannot write to {folder}: {os.strerror(number)} ({describe_disk(folder)})") from error
+
+
+def error_number(error: Exception) -> int | None:
+    """Return the errno of a system error, also of one that Safetensors or Tokenizers report as text."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def describe_disk(folder: str | Path) -> str:
@@ -139,7 +170,8 @@ def remove_if_empty(folder: Path) -> None:
 def hex_digest(path: str | Path, algorithm: str) -> str:
     """Return the hexadecimal digest of a file by an algorithm of hashlib."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+        # Some systems allow MD5 only for other purposes than security.
+        return hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False)).hexdigest()
 
 
 sha256 = partial(hex_digest, algorithm="sha256")

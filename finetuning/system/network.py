@@ -42,7 +42,7 @@ def misconfigured_variable(error: BaseException | None, client: str) -> str | No
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Return whether the Hub's client let an error of its HTTP or transfer package through."""
+    """Return whether an error comes from the HTTP or transfer packages of the Hub's client."""
     return type(error).__module__.partition(".")[0] in HTTP_PACKAGES
 
 
@@ -71,9 +71,9 @@ def check_certificates(path: str) -> str | None:
     return None
 
 
-def check_folder(path: str) -> str | None:
-    """Return the problem with a folder, or None."""
-    return None if os.path.isdir(path) else f"names {path}, which is not a folder"
+def check_folders(paths: str) -> str | None:
+    """Return the problem with folders separated as in PATH, or None; OpenSSL skips missing ones, so one suffices."""
+    return None if any(map(os.path.isdir, paths.split(os.pathsep))) else f"names {paths}, which is not a folder"
 
 
 def check_endpoint(url: str) -> str | None:
@@ -113,7 +113,7 @@ CHECKS = {
     ],
     "hub": [
         (("SSL_CERT_FILE",), check_certificates),
-        (("SSL_CERT_DIR",), check_folder),
+        (("SSL_CERT_DIR",), check_folders),
         (("HF_ENDPOINT",), check_endpoint),
         (TOKENS, check_token),
         *proxy_checks((*HTTP, *SOCKS), "socksio"),

@@ -1,10 +1,13 @@
-"""Ctrl-C and SIGTERM, deferred until a checkpoint can be saved."""
+"""Ctrl-C, SIGTERM and a closed terminal, deferred until a checkpoint can be saved."""
 
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
 
 DEFERRED_MESSAGE = (
     b"Finishing this step, then saving a checkpoint. Press Ctrl-C again to stop now "
@@ -13,43 +16,78 @@ DEFERRED_MESSAGE = (
 
 
 class Terminated(KeyboardInterrupt):
-    """Exception for SIGTERM, which a scheduler or `kill` sends, as KeyboardInterrupt is for Ctrl-C."""
+    """Exception raised on SIGTERM, which a scheduler or `kill` sends."""
 
 
-EXCEPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+class Hangup(KeyboardInterrupt):
+    """Exception raised on SIGHUP, which the processes of a terminal receive when it is closed."""
 
 
-def exit_status(error: KeyboardInterrupt) -> int:
-    """Return the exit status by which a shell recognizes a program that was stopped by Ctrl-C or SIGTERM."""
-    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+EXCEPTIONS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    EXCEPTIONS[signal.SIGHUP] = Hangup
 
 
-def raise_terminated(number, frame):
-    """Handle SIGTERM by raising, so that `finally` blocks remove temporary files."""
-    raise Terminated
+def signal_number(error: KeyboardInterrupt) -> int:
+    """Return the number of the signal that raised an exception."""
+    return next(number for number, exception in EXCEPTIONS.items() if type(error) is exception)
+
+
+def raise_on_signals() -> None:
+    """Make SIGTERM and SIGHUP raise an exception, so that `finally` blocks remove temporary files.
+
+    A signal that is already ignored, as under `nohup`, stays ignored.
+    """
+    for number in EXCEPTIONS.keys() - {signal.SIGINT}:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, raise_exception)
+
+
+def raise_exception(number: int, frame: FrameType | None) -> NoReturn:
+    """Handle a signal by raising its exception."""
+    if EXCEPTIONS[number] is Hangup:
+        discard_terminal_output()
+    raise EXCEPTIONS[number]
+
+
+def discard_terminal_output() -> None:
+    """Ignore further SIGHUPs, of which a shell may send several, and discard output to a closed terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        with suppress(OSError, ValueError):  # closed
+            number = stream.fileno()
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # writing to a closed terminal fails
 
 
 @contextmanager
 def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
-    """Yield a list that collects the first interrupt instead of raising it; raise the second at once.
+    """Yield a list that collects the first interrupt instead of raising it; the block polls the list.
 
-    The block polls the list. A pending interrupt is raised when the block ends.
+    A Ctrl-C after the first interrupt is raised immediately. A later SIGTERM or SIGHUP is ignored, because
+    systemd sends both together. A pending interrupt is raised when the block ends.
     """
     pending: list[KeyboardInterrupt] = []
 
     def handler(number, frame):
+        if EXCEPTIONS[number] is Hangup:
+            discard_terminal_output()
         if pending:
-            raise EXCEPTIONS[number]
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         pending.append(EXCEPTIONS[number]())
         # stderr may be closed, or a pipe to a `tee` that the same Ctrl-C has ended.
         with suppress(OSError, AttributeError):
             os.write(sys.__stderr__.fileno(), DEFERRED_MESSAGE)  # print() is not reentrant in a signal handler
 
-    before = {number: signal.signal(number, handler) for number in EXCEPTIONS}
+    handled = [number for number in EXCEPTIONS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield pending
     finally:
         for number, previous in before.items():
-            signal.signal(number, previous)
+            if signal.getsignal(number) is handler:  # unless a SIGHUP is ignored by now
+                signal.signal(number, previous)
     if pending:
         raise pending[0]

@@ -4,15 +4,15 @@ from torch import nn
 
 import train_gpt
 from benchmarks import implementations, limits, speed
-from benchmarks.experiments import EXPERIMENTS
+from benchmarks.workloads import WORKLOADS
 from finetuning.data.reviews import load_dataframes
 from finetuning.performance.gpt_classifier import GPTClassifier
 from finetuning.system.errors import UserError
 
 
 @pytest.fixture
-def measure(tiny_experiments, data_dir):
-    """Measure an implementation of an experiment in this process."""
+def measure(tiny_workloads, data_dir):
+    """Measure an implementation of a workload in this process."""
 
     def run(name, implementation, *flags):
         arguments = [name, "--implementation", implementation, "--data_dir", str(data_dir), *FLAGS, *flags]
@@ -31,7 +31,7 @@ def test_measure_returns_positive_numbers(name, implementation, measure):
     is_project = implementation == "project"
     assert ("caching" in seconds) == (is_project and name == "gpt2-last_layer")
     assert ("log_review" in seconds) == (is_project and name == "gpt2-last_block")
-    assert ("step_share" in seconds) == (is_project and name != "gpt2-last_layer")
+    assert ("step_utilization" in seconds) == (is_project and name != "gpt2-last_layer")
     assert seconds["run"] == pytest.approx(
         seconds.get("caching", 0)
         + seconds.get("log_caching", 0)
@@ -49,17 +49,17 @@ def test_measure_times_the_trainer(precision, measure):
 
 
 def test_shares_are_flops_per_second_over_the_matrix_rate(measure, monkeypatch):
-    monkeypatch.setattr(limits, "matrix_rate", lambda *_: 1e6)
+    monkeypatch.setattr(limits, "matmul_throughput", lambda *_: 1e6)
     seconds = measure("gpt2-all", "project", "--steps", "2")
     model = train_gpt.instantiate_model("gpt2-tiny (0M)", "random")
     train_gpt.replace_head(model, seed=1)
     flops = limits.count_flops(GPTClassifier(model), train_gpt.last_token_logits, longest=16)
-    assert seconds["matrix_rate"] == 1e6
+    assert seconds["matmul_throughput"] == 1e6
     # The published GPT-2 reads the last position of the padded row: padding counts.
     assert seconds["step_flops"] == flops.training([16] * 8)
-    assert seconds["step_share"] == pytest.approx(flops.training([16] * 8) / seconds["step"] / 1e6)
+    assert seconds["step_utilization"] == pytest.approx(flops.training([16] * 8) / seconds["step"] / 1e6)
     assert seconds["review_flops"] == flops.evaluation([16])
-    assert seconds["review_share"] == pytest.approx(flops.evaluation([16]) / seconds["review"] / 1e6)
+    assert seconds["review_utilization"] == pytest.approx(flops.evaluation([16]) / seconds["review"] / 1e6)
 
 
 def test_shares_of_an_encoder_count_no_padding(measure, data_dir, monkeypatch):
@@ -99,9 +99,9 @@ def test_measure_refuses_more_reviews_than_there_are(measure):
         measure("bert-all", "project", "--reviews", "49")
 
 
-def test_prepare_restores_the_script_after_an_error(tiny_experiments, data_dir):
+def test_prepare_restores_the_script_after_an_error(tiny_workloads, data_dir):
     args = speed.parse_args(["gpt2-all", "--data_dir", str(data_dir / "missing")])
     before = train_gpt.finetune
     with pytest.raises(UserError):
-        implementations.prepare(args, EXPERIMENTS["gpt2-all"])
+        implementations.prepare(args, WORKLOADS["gpt2-all"])
     assert train_gpt.finetune is before

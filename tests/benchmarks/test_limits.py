@@ -77,14 +77,14 @@ def test_linear_shapes_counts_all_linear_layers_but_the_head():
     assert sum(limits.linear_shapes(roberta, roberta.classifier).values()) == 2 * 6
 
 
-def test_matrix_rate_weighs_layers_by_their_flops(monkeypatch):
+def test_matmul_throughput_weighs_layers_by_their_flops(monkeypatch):
     monkeypatch.setattr(limits, "time_linear", lambda x, weight: 1.0 if len(weight) == 4 else 3.0)
     shapes = {(4, 8): 2, (16, 8): 1}
-    assert limits.matrix_rate(shapes, 10, "fp32", CPU) == 10 * 2 * (2 * 4 * 8 + 16 * 8) / (2 * 1.0 + 3.0)
+    assert limits.matmul_throughput(shapes, 10, "fp32", CPU) == 10 * 2 * (2 * 4 * 8 + 16 * 8) / (2 * 1.0 + 3.0)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_matrix_rate_multiplies_in_the_precision(precision, dtype, monkeypatch):
+def test_matmul_throughput_multiplies_in_the_precision(precision, dtype, monkeypatch):
     shapes = []
 
     def time_linear(x, weight):
@@ -94,5 +94,5 @@ def test_matrix_rate_multiplies_in_the_precision(precision, dtype, monkeypatch):
 
     limits_time_linear = limits.time_linear
     monkeypatch.setattr(limits, "time_linear", time_linear)
-    assert limits.matrix_rate({(4, 8): 2}, 10, precision, CPU) > 0
+    assert limits.matmul_throughput({(4, 8): 2}, 10, precision, CPU) > 0
     assert set(shapes) == {(10, 8, 4, 8)}

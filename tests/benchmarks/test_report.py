@@ -36,19 +36,19 @@ def test_ratio_table_leaves_cells_empty_that_were_not_measured_or_do_not_compare
     ]
 
 
-def test_share_table_holds_medians():
-    shares = {"matrix_rate": 325e9, "step_flops": 1024.7e9, "review_flops": 42.69e9, "review_share": 0.824}
+def test_utilization_table_holds_medians():
+    shares = {"matmul_throughput": 325e9, "step_flops": 1024.7e9, "review_flops": 42.69e9, "review_utilization": 0.824}
     rounds = [
-        {"project": measured(precision="fp32", step_share=share, **shares), "reference": measured()}
+        {"project": measured(precision="fp32", step_utilization=share, **shares), "reference": measured()}
         for share in (0.8, 0.851, 0.9)
     ]
-    assert report.share_table({"gpt2-all": rounds, "logreg": [{"project": measured()}]}).splitlines()[2:] == [
+    assert report.utilization_table({"gpt2-all": rounds, "logreg": [{"project": measured()}]}).splitlines()[2:] == [
         "| gpt2-all | fp32 | 325 GFLOP/s | 1,025 GFLOP | 85% | 42.7 GFLOP | 82% |"
     ]
-    assert report.share_table({"logreg": [{"project": measured()}]}) == "Not measured yet."
+    assert report.utilization_table({"logreg": [{"project": measured()}]}) == "Not measured yet."
 
 
-def test_add_report_replaces_earlier_measurements_of_the_same_experiment(tmp_path):
+def test_add_report_replaces_earlier_measurements_of_the_same_workload(tmp_path):
     path = tmp_path / "speed.json"
     report.add_report(path, {"command": "1", "rows": {"data": [1], "logreg": [2]}})
     report.add_report(path, {"command": "2", "rows": {"logreg": [3]}})
@@ -73,7 +73,7 @@ def test_update_page_writes_the_sections_between_their_markers(tmp_path):
     assert "old" not in text
     assert text.count("kept") == 3
     assert text.count("| logreg | 2.00x |") == 2
-    assert "a GPU:\n\n| experiment |" in text
+    assert "a GPU:\n\n| workload |" in text
     report.update_page(tmp_path)
     assert page.read_text() == text
     page.write_text(lines[0])

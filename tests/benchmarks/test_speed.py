@@ -12,13 +12,13 @@ from finetuning.system.errors import UserError
 
 
 @pytest.fixture
-def in_process(monkeypatch, tiny_experiments):
+def in_process(monkeypatch, tiny_workloads):
     """Measure in this process instead of one each, and collect the implementations measured."""
     calls = []
 
     def measure(args, name, implementation, deadline):
         calls.append((name, implementation))
-        child = SimpleNamespace(**vars(args) | {"experiments": [name], "implementation": implementation})
+        child = SimpleNamespace(**vars(args) | {"workloads": [name], "implementation": implementation})
         return speed.measure(child)
 
     monkeypatch.setattr(speed, "measure_in_subprocess", measure)
@@ -70,8 +70,9 @@ experiment_setup_model = implementations.setup_model
 
 
 def test_gpu_flag_keeps_the_flags_that_are_given():
-    args = speed.parse_args(["--gpu", "bert-all", "--device", "cpu", "--rounds", "2"])
-    assert (args.experiments, args.device, args.rounds, args.steps) == (["bert-all"], "cpu", 2, 30)
+    args = speed.parse_args(["--gpu", "bert-all", "--device", "auto", "--rounds", "3"])
+    # Both values are the defaults without --gpu.
+    assert (args.workloads, args.device, args.rounds, args.steps) == (["bert-all"], "auto", 3, 30)
 
 
 def test_main_reports_what_failed_and_keeps_the_rest(monkeypatch, tmp_path):
@@ -116,6 +117,6 @@ def test_parse_args_refuses_a_single_step():
         speed.parse_args(["--steps", "1"])
 
 
-def test_parse_args_refuses_an_unknown_experiment():
+def test_parse_args_refuses_an_unknown_workload():
     with pytest.raises(UserError, match="must be one of gpt2-all, .*, not 'gpt3'"):
         speed.parse_args(["gpt3"])

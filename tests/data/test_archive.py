@@ -168,6 +168,18 @@ def test_damage_after_the_last_review_is_detected(small_dataset, tmp_path, faili
     dataset.main(["--archive", str(tmp_path / "a.tar"), "--data_dir", str(tmp_path / "good")])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need a privilege on Windows")
+@pytest.mark.parametrize("linked", ["train", "test/pos"])
+def test_folders_may_be_symbolic_links(small_dataset, tmp_path, linked):
+    for name, content in small_dataset.items():
+        (tmp_path / "aclImdb" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "aclImdb" / name).write_bytes(content)
+    (tmp_path / "aclImdb" / linked).rename(tmp_path / "elsewhere")
+    (tmp_path / "aclImdb" / linked).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(tmp_path / "aclImdb")
+    assert len(dataset.load_dataset_to_dataframe(tmp_path / "link")) == 12
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFOs")
 def test_links_fifos_and_other_files_in_a_folder_are_ignored(small_dataset, tmp_path, failing):
     for name, content in small_dataset.items():

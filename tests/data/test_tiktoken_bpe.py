@@ -50,6 +50,14 @@ def test_load_refuses_files_of_another_format(content, message, tmp_path):
         load_tiktoken_bpe(tmp_path / "tokens", 300)
 
 
+@pytest.mark.parametrize("rank", [0, -1])
+def test_load_refuses_repeated_or_negative_ranks(rank, tmp_path):
+    path = write(tmp_path / "tokens", BYTES)
+    path.write_text(path.read_text() + f"Z29vZA== {rank}\n")  # "good"
+    with pytest.raises(UserError, match="ranks are repeated or negative"):
+        load_tiktoken_bpe(path, 300)
+
+
 def test_load_refuses_more_tokens_than_the_vocabulary(tmp_path):
     with pytest.raises(UserError, match="more tokens than the model's vocabulary of 257"):
         load_tiktoken_bpe(write(tmp_path / "tokens", [*BYTES, b"good"]), 257)

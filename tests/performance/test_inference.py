@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification
 import train_bert_hf
 from finetuning.data.batching import IMDbDataset
 from finetuning.data.tokenization import concatenate
-from finetuning.performance.inference import EVAL_TOKENS_PER_BATCH, Classifier, has_padding, predict_logits
+from finetuning.performance.inference import EVAL_TOKENS_PER_BATCH, Classifier, has_enough_padding, predict_logits
 from finetuning.system.errors import UserError
 
 
@@ -88,8 +88,8 @@ def test_predict_logits_does_not_retry_other_errors():
 
 def test_padding_is_skipped_from_a_twentieth_of_the_tokens_on():
     mask = torch.ones(2, 10, dtype=torch.int64)
-    assert not has_padding(mask)
+    assert not has_enough_padding(mask)
     mask[1, 9] = 0  # 1 of 20 tokens
-    assert has_padding(mask)
+    assert has_enough_padding(mask)
     mask = torch.cat([mask, torch.ones(1, 10, dtype=torch.int64)])  # 1 of 30
-    assert not has_padding(mask)
+    assert not has_enough_padding(mask)

@@ -27,7 +27,7 @@ def test_recorded_log_shows_all_of_a_few_lines(tmp_path):
         eval_history=[{"step": step, "train_loss": 0.9, "validation_loss": 0.95} for step in (0, 2, 4)],
         epoch_metrics=[{"step": 6, "train_accuracy": 1, "validation_accuracy": 1}],
         precision={"dtype": "fp32", "reason": ""},
-        arguments={"batch_size": 1},
+        arguments={"data_dir": ".", "seed": 123, "batch_size": 1},
         reviews=dict.fromkeys(("train", "validation", "test"), 4),
     )
     log = log_sections.recorded_log(read_record(tmp_path / "run")).splitlines()

@@ -55,6 +55,10 @@ def test_read_record_names_the_damaged_file(tmp_path, content):
         ({"hardware": None}, "hardware"),
         ({"losses": {}}, "losses"),
         ({"reviews": 4}, "reviews"),
+        ({"versions": {"torch": 2.11}}, "versions"),
+        ({"arguments": {"data_dir": None, "seed": 1}}, "data_dir"),
+        ({"test_interval_95": []}, "test_interval_95"),
+        ({"test_interval_95": [0.5, "high"]}, "test_interval_95"),
     ],
 )
 def test_read_record_names_a_value_of_the_wrong_type(tmp_path, change, key):
@@ -62,6 +66,12 @@ def test_read_record_names_a_value_of_the_wrong_type(tmp_path, change, key):
     path = tmp_path / records.RECORD
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=f"{path} is not a complete record: {key} missing or of the wrong type"):
+        records.read_record(tmp_path)
+
+
+def test_read_record_refuses_a_malformed_command(tmp_path):
+    write_example_record(tmp_path, command="python train_gpt.py --output_dir 'a run")
+    with pytest.raises(UserError, match=r"holds a malformed command \(No closing quotation\): python train_gpt"):
         records.read_record(tmp_path)
 
 

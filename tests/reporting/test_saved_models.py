@@ -17,7 +17,7 @@ import train_sklearn_logreg
 from finetuning.checkpoint import CHECKPOINT
 from finetuning.reporting import records
 from finetuning.reporting.records import MODEL, PREDICTIONS
-from finetuning.reporting.saved_models import DIGESTS, SETTINGS, model_card
+from finetuning.reporting.saved_models import DIGESTS, SETTINGS, model_card, read_settings, save_model
 from finetuning.system.errors import UserError
 
 
@@ -122,6 +122,22 @@ def test_damaged_model_file_is_detected(damage, file, counts_run, failing):
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum")
 def test_digests_can_be_checked_with_sha256sum(counts_run):
     subprocess.run(["sha256sum", "--check", "--strict", DIGESTS], cwd=counts_run / MODEL, check=True)
+
+
+def test_digests_cover_files_in_subfolders(counts_run, failing):
+    """Transformers saves several chat templates in a folder."""
+
+    def save(folder):
+        (folder / "templates").mkdir()
+        (folder / "templates" / "a.jinja").write_text("a")
+        return {"model_type": "linear"}
+
+    save_model(counts_run, save)
+    folder, _ = read_settings(counts_run)
+    assert "  templates/a.jinja\n" in (folder / DIGESTS).read_text()
+    (folder / "templates" / "a.jinja").write_text("b")
+    with pytest.raises(UserError, match=r"a\.jinja is missing or not what was saved"):
+        read_settings(counts_run)
 
 
 def test_run_without_a_saved_model_is_reported(tmp_path, failing):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from helpers import write_example_record, write_sized_example
@@ -37,23 +38,31 @@ def test_results_table_shows_a_dash_without_a_record(tmp_path):
     assert tables.results_table([bert], tmp_path, "ja").endswith("| 8 | Counts | 109.5M | – | – |")
 
 
-def test_recorded_finds_a_former_name_until_there_is_a_record_of_the_new_name(tmp_path):
+def test_load_records_finds_a_former_name_until_there_is_a_record_of_the_new_name(tmp_path):
     experiment = COUNTS._replace(name="new", former_name="old")
     write_sized_example(tmp_path / "results" / "old-seed123", 0.8)
     assert "[80.00%](results/old-seed123/record.json)" in tables.results_table([experiment], tmp_path / "results")
     write_sized_example(tmp_path / "results" / "new-seed123", 0.9)
-    assert [*tables.recorded(experiment, tmp_path / "results")] == ["results/new-seed123/record.json"]
+    assert [*tables.load_records(experiment, tmp_path / "results")] == ["results/new-seed123/record.json"]
 
 
-def test_recorded_ignores_the_folder_of_an_interrupted_run(tmp_path):
+def test_load_records_ignores_the_folder_of_an_interrupted_run(tmp_path):
     (tmp_path / "results" / "logreg-counts-seed7").mkdir(parents=True)
     (tmp_path / "results" / "logreg-counts-seed7" / "checkpoint.pt").touch()
-    assert tables.recorded(COUNTS, tmp_path / "results") == {}
+    assert tables.load_records(COUNTS, tmp_path / "results") == {}
     write_sized_example(tmp_path / "results" / "logreg-counts-seed123", 0.9)
-    assert [*tables.recorded(COUNTS, tmp_path / "results")] == ["results/logreg-counts-seed123/record.json"]
+    assert [*tables.load_records(COUNTS, tmp_path / "results")] == ["results/logreg-counts-seed123/record.json"]
 
 
-def test_recorded_refuses_a_record_of_other_data(tmp_path):
+def test_load_records_ignores_copies_of_a_folder(tmp_path):
+    folder = tmp_path / "results" / "logreg-counts-seed123"
+    write_sized_example(folder, 0.9)
+    for copy in ("logreg-counts-seed123 (copy)", "logreg-counts-seed123-old", "logreg-counts-seed124"):
+        shutil.copytree(folder, folder.parent / copy)
+    assert [*tables.load_records(COUNTS, tmp_path / "results")] == ["results/logreg-counts-seed123/record.json"]
+
+
+def test_load_records_refuses_a_record_of_other_data(tmp_path):
     write_example_record(tmp_path / "results" / "logreg-counts-seed123")
     with pytest.raises(UserError, match="has other numbers of reviews"):
         tables.results_table([COUNTS], tmp_path / "results")
@@ -68,8 +77,8 @@ def test_splits_table_shows_both_splits_in_one_line(tmp_path):
     assert "(79.50% to 80.49%)" in line
 
 
-def test_minimum_detectable_difference_by_hand():
-    text = tables.minimum_detectable_difference(EXPERIMENTS, worse=4, better=6)
+def test_significance_sentence_by_hand():
+    text = tables.significance_sentence(EXPERIMENTS, worse=4, better=6)
     # Proportions of 10,000, 0.9295 and 0.9379: sqrt((0.065530 + 0.058244) / 10,000) = 0.0035182; times 1.96: 0.69;
     # 0.0084 / 0.0035182 = 2.3876 standard errors, two-sided p = 0.0170
     assert "0.7 points apart" in text
@@ -92,4 +101,8 @@ def test_times_table_prefers_the_record_to_the_benchmark(tmp_path):
     write_sized_example(results / "logreg-counts-seed123", 0.9, peak_memory=None)
     assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | – | a CPU |"
     write_sized_example(results / "logreg-counts-seed124", 0.9, peak_memory=3_000_000_000)
+    assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"
+    # Times of different hardware have no mean.
+    seconds = {"training": 600, "evaluation": 0}
+    write_sized_example(results / "logreg-counts-seed125", 0.9, hardware="a GPU", seconds=seconds)
     assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"

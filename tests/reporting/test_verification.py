@@ -58,9 +58,22 @@ def test_verify_record_names_changed_labels(run):
     assert "labels" in failed_checks(run)
 
 
+def test_labels_of_a_header_with_spaces_are_compared(run):
+    path = run.parent / "test.csv"
+    path.write_text(path.read_text().replace("text,label", "text, label"))
+    change_record(run, data={"train.csv": "", "validation.csv": "", "test.csv": sha256(path)})
+    assert "labels" not in failed_checks(run)
+
+
 def test_labels_are_not_checked_without_the_test_set(run):
     (run.parent / "test.csv").write_text("text,label\n")
     assert [check.name for check in verify_record(run, run.parent) if check.passed is None] == ["labels"]
+
+
+@pytest.mark.parametrize("version", ["unknown", "2.10.0"])
+def test_versions_outside_the_bounds_fail(run, version):
+    change_record(run, versions={"torch": version})
+    assert "versions" in failed_checks(run)
 
 
 def test_check_commit_accepts_only_commits_of_the_repository(tmp_path):
@@ -82,7 +95,7 @@ def test_verify_record_refuses_damaged_predictions(run):
 def test_check_command_compares_the_command_with_the_folder(tmp_path):
     bert, logreg = EXPERIMENTS[1], EXPERIMENTS[7]
     folder = tmp_path / bert.run_folder(7)
-    write_example_record(folder, arguments={"seed": 7}, command=bert.command_line(7) + " --resume")
+    write_example_record(folder, arguments={"data_dir": ".", "seed": 7}, command=bert.command_line(7) + " --resume")
     assert check_command(folder, tmp_path).passed
     change_record(
         folder, command=bert.command_line(7).replace("python", "torchrun --nproc_per_node 2") + " --save_model"
@@ -92,7 +105,7 @@ def test_check_command_compares_the_command_with_the_folder(tmp_path):
     check = check_command(folder, tmp_path)
     assert not check.passed
     assert "is the command of experiment 8, the folder that of experiment 2" in check.detail
-    change_record(folder, arguments={"seed": 8})
+    change_record(folder, arguments={"data_dir": ".", "seed": 8})
     assert "not the folder of an experiment with seed 8" in check_command(folder, tmp_path).detail
 
 

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import re
@@ -8,8 +9,24 @@ import pytest
 from helpers import REPOSITORY, tiny_gpt_flags
 
 from finetuning.callbacks import training_bar
-from finetuning.system.console import evaluation_bar, log
+from finetuning.system.console import evaluation_bar, log, print_status
 from finetuning.training import TrainState
+
+
+def test_output_to_a_closed_terminal_is_discarded(monkeypatch):
+    class ClosedTerminal(io.StringIO):
+        def flush(self):
+            raise OSError(self.number, "an error")
+
+    for stream, function in (("stdout", log), ("stderr", print_status)):
+        terminal = ClosedTerminal()
+        monkeypatch.setattr(sys, stream, terminal)
+        terminal.number = errno.EIO
+        function("a line")
+        terminal.number = errno.ENOSPC
+        with pytest.raises(OSError, match="an error"):
+            function("a line")
+        monkeypatch.undo()
 
 
 class Terminal(io.StringIO):

@@ -12,19 +12,21 @@ def test_git_commit_is_marked_if_code_changes_but_not_if_records_do(tmp_path, mo
             ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    for path in ("finetuning/system/file", "results/file", "benchmarks/speed.json", "benchmarks/speed.py"):
+    for path in ("finetuning/system/environment.py", "results/file", "benchmarks/speed.json", "benchmarks/speed.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("one")
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "finetuning" / "system" / "environment.py"))
     assert environment.git_commit() is None
     git("init", "-q")
+    git("commit", "-qm", "another project", "--allow-empty")
+    assert environment.git_commit() is None
     git("add", ".")
     git("commit", "-qm", "one")
     assert environment.git_commit() == git("rev-parse", "HEAD")
     for record in ("results/file", "benchmarks/speed.json"):
         (tmp_path / record).write_text("two")
         assert environment.git_commit() == git("rev-parse", "HEAD")
-    for code in ("finetuning/system/file", "benchmarks/speed.py"):
+    for code in ("finetuning/system/environment.py", "benchmarks/speed.py"):
         (tmp_path / code).write_text("two")
         assert environment.git_commit() == git("rev-parse", "HEAD") + "+"
         (tmp_path / code).write_text("one")

@@ -1,13 +1,15 @@
 import errno
+import os
 
 import pytest
 from helpers import assert_same_results, flags
 from processes import end, start
+from safetensors import SafetensorError
 from tiny_models import TINY_CONFIGS, save_encoder
 
 from finetuning.reporting import records
 from finetuning.system.errors import UserError
-from finetuning.system.files import LOCK_NAME, atomic_write, exclusive_dir
+from finetuning.system.files import LOCK_NAME, atomic_write, exclusive_dir, report_disk_errors
 
 
 def test_failed_atomic_write_keeps_old_files(tmp_path):
@@ -29,6 +31,18 @@ def test_atomic_write_replaces_leftover_temporary_file(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new"}
 
 
+def test_atomic_write_reports_a_folder_of_the_files_name(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    (tmp_path / "file").touch()
+    for path, message in (
+        ("a.csv", r"cannot write the file .*a\.csv: there is a folder"),
+        ("file/a", "cannot write to"),
+    ):
+        with pytest.raises(UserError, match=message), atomic_write(tmp_path / path):
+            pytest.fail("the block ran")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "file"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_atomic_write_names_disk_of_disk_errors(tmp_path, number):
     with (
@@ -38,6 +52,32 @@ def test_atomic_write_names_disk_of_disk_errors(tmp_path, number):
         raise OSError(number, "disk error")
     with pytest.raises(OSError, match="a bug"), atomic_write(tmp_path / "a"):
         raise OSError(errno.EBADF, "a bug")
+
+
+def test_disk_errors_of_libraries_written_in_rust_are_reported(tmp_path):
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left"), report_disk_errors(tmp_path):
+        raise error
+    with pytest.raises(SafetensorError), report_disk_errors(tmp_path):
+        raise SafetensorError("invalid header")
+
+
+def test_files_that_another_program_uses_stay(tmp_path, monkeypatch):
+    """Windows does not rename a file that a program has opened."""
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    replace = os.replace
+
+    def refuse(source, target):
+        if source == tmp_path / "b":
+            raise PermissionError(errno.EACCES, "used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "a", tmp_path / "b") as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
 
 
 def test_exclusive_dir_is_exclusive_and_removed_if_empty(tmp_path):

@@ -13,6 +13,7 @@ import download_prepare_dataset as dataset
 import train_bert_hf
 import train_sklearn_logreg
 from finetuning import checkpoint
+from finetuning.reporting.saved_models import save_model
 from finetuning.system.download import download
 from finetuning.system.errors import UserError
 
@@ -129,3 +130,16 @@ def test_disk_full_while_writing_checkpoints_and_record(disk, command, data_dir,
     assert folder_contents(disk) == before
     train_bert_hf.main([*command, "--output_dir", str(run), "--resume"])
     assert_same_results(run, tmp_path / "uninterrupted")
+
+
+def test_disk_full_while_saving_the_model(disk, command, data_dir, monkeypatch):
+    def save_on_a_full_disk(*arguments, **settings):
+        fill(disk)
+        save_model(*arguments, **settings)
+
+    monkeypatch.setattr("finetuning.experiment.save_model", save_on_a_full_disk)
+    run = disk / "run"
+    with pytest.raises(UserError, match=f"cannot write to {run}: No space left on device"):
+        train_bert_hf.main([*command, "--data_dir", str(data_dir), "--output_dir", str(run), "--save_model"])
+    assert (run / "record.json").exists()
+    assert not (run / "model").exists()

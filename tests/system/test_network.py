@@ -76,6 +76,7 @@ def test_misconfigured_variable_names_variable_and_hides_secrets(client, name, v
         ("CURL_CA_BUNDLE", ""),
         ("SSL_CERT_FILE", ""),
         ("SSL_CERT_DIR", os.fspath(REPOSITORY)),
+        ("SSL_CERT_DIR", os.pathsep.join(["nowhere", os.fspath(REPOSITORY)])),
         ("HF_ENDPOINT", "http://127.0.0.1:8080/"),
         ("HTTPS_PROXY", "host:3128"),
         ("http_proxy", "http://name:p%40ss@[::1]:3128"),

@@ -1,20 +1,31 @@
-"""Ctrl-C and SIGTERM in real processes."""
+"""Ctrl-C, SIGTERM and SIGHUP in real processes."""
 
 import os
 import shlex
 import signal
+import subprocess
 import sys
+from functools import partial
 
 import pytest
 from helpers import assert_same_results
 from processes import end, start, wait_for
 from tiny_models import TINY_CONFIGS, save_encoder
 
+import train_bert_hf
 from finetuning.checkpoint import checkpoint_paths, read_checkpoint
 from finetuning.reporting import records
-from finetuning.system.signals import DEFERRED_MESSAGE, Terminated, defer_interrupts, exit_status
+from finetuning.system.signals import (
+    DEFERRED_MESSAGE,
+    Hangup,
+    Terminated,
+    defer_interrupts,
+    raise_exception,
+    signal_number,
+)
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+if sys.platform == "win32":
+    pytest.skip("Windows has no such signals", allow_module_level=True)
 
 
 @pytest.fixture
@@ -32,7 +43,7 @@ def read_output(path):
     return path.read_text() if path.exists() else ""
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupted_run_prints_the_resume_command_which_gives_the_same_run(command, tmp_path, number, status):
     command += ["--output_dir", "a run"]
     process = start("train_bert_hf", command, tmp_path / "first", tmp_path)
@@ -57,15 +68,13 @@ def test_interrupted_run_prints_the_resume_command_which_gives_the_same_run(comm
     assert logs[0] + logs[1] == logs[2]
 
 
-def test_second_interrupt_is_raised_at_once():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_an_interrupt_is_raised_at_once(first):
     with pytest.raises(KeyboardInterrupt), defer_interrupts() as pending:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
         assert len(pending) == 1
         signal.raise_signal(signal.SIGINT)
-        pytest.fail("the second interrupt was deferred")
-    with pytest.raises(Terminated), defer_interrupts():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("Ctrl-C was deferred")
 
 
 def test_deferred_interrupt_is_raised_at_the_end_of_the_block():
@@ -87,8 +96,54 @@ def test_deferred_interrupt_does_not_replace_an_error():
         raise ZeroDivisionError
 
 
-def test_exit_status_is_128_plus_the_signal():
-    assert (exit_status(KeyboardInterrupt()), exit_status(Terminated())) == (130, 143)
+def test_signal_number_is_that_of_the_exception():
+    assert [signal_number(kind()) for kind in (KeyboardInterrupt, Terminated, Hangup)] == [2, 15, 1]
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGHUP, signal.SIGHUP), (signal.SIGTERM, signal.SIGHUP),
+                                     (signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)])  # fmt: skip
+def test_signals_of_a_shutdown_do_not_end_the_step(numbers):
+    """A shell and the system may send the same signal, systemd sends two different ones."""
+    before = {number: signal.signal(number, raise_exception) for number in numbers}
+    reached = []
+    try:
+        with pytest.raises((Hangup, Terminated)), defer_interrupts():
+            for number in numbers:
+                signal.raise_signal(number)
+            reached.append("end")
+        if signal.SIGHUP in numbers:
+            signal.raise_signal(signal.SIGHUP)  # ignored while temporary files are removed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert reached == ["end"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ignored_signals_stay_ignored(number):
+    """`nohup` ignores SIGHUP, a shell script SIGINT for its background processes."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with defer_interrupts() as pending:
+            signal.raise_signal(number)
+        assert pending == []
+    finally:
+        signal.signal(number, before)
+
+
+def test_closed_terminal_does_not_end_the_run_before_its_checkpoint(command, tmp_path):
+    terminal, child_terminal = os.openpty()
+    arguments = [sys.executable, train_bert_hf.__file__, *command, "--output_dir", "run"]
+    run = partial(subprocess.Popen, stdin=child_terminal, stdout=child_terminal, stderr=child_terminal)
+    with run(arguments, cwd=tmp_path, process_group=0) as process:
+        os.close(child_terminal)
+        output = b""
+        while b"Step 000015" not in output:
+            output += os.read(terminal, 1000)
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)
+    assert process.returncode == 129
+    assert read_checkpoint(checkpoint_paths(tmp_path / "run")[0])["train_state"]["step"] > 15
 
 
 def test_interrupt_in_the_final_evaluation_prints_the_resume_command(command, tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -6,7 +7,12 @@ from bad_inputs import BadInput, parameters
 from tiny_models import TINY_CONFIGS, TINY_SIZES, tiny_tokenizer
 from transformers import AlbertConfig, AutoModelForSequenceClassification, XLMConfig, XLMRobertaConfig
 
-from finetuning.model_trials import detect_finetune_layers, max_sequence_length, trial_errors
+from finetuning.model_inspection import (
+    check_context_length,
+    detect_finetune_layers,
+    max_sequence_length,
+    report_unsupported_model,
+)
 from finetuning.system.errors import UserError
 from finetuning.trainable_layers import count_parameters, set_trainable
 
@@ -59,6 +65,15 @@ def test_max_sequence_length_is_the_smallest_limit_of_model_and_tokenizer(name, 
     assert max_sequence_length(model, tokenizer) == 30
 
 
+def test_model_without_a_maximum_length_needs_a_number():
+    model, tokenizer = tiny_classifier(copy.deepcopy(TINY_CONFIGS["bert"])), tiny_tokenizer(0)
+    model.config.max_position_embeddings, tokenizer.model_max_length = 0, int(1e30)
+    model.bert.embeddings.position_embeddings = None
+    with pytest.raises(UserError, match="this model has no maximum; choose a number"):
+        check_context_length("model_context_length", model, tokenizer)
+    check_context_length("longest_training_example", model, tokenizer)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -69,16 +84,16 @@ def test_max_sequence_length_is_the_smallest_limit_of_model_and_tokenizer(name, 
         UserError("an explanation"),
     ],
 )
-def test_trial_errors_does_not_change_out_of_memory_and_user_errors(error):
-    with pytest.raises(type(error)) as raised, trial_errors("someone/model"):
+def test_report_unsupported_model_does_not_change_out_of_memory_and_user_errors(error):
+    with pytest.raises(type(error)) as raised, report_unsupported_model("someone/model"):
         raise error
     assert raised.value is error
 
 
-def test_trial_errors_reports_any_other_error():
+def test_report_unsupported_model_reports_any_other_error():
     with (
         pytest.raises(UserError, match="--model someone/model cannot classify reviews: KeyError: 'memory_size'"),
-        trial_errors("someone/model"),
+        report_unsupported_model("someone/model"),
     ):
         raise KeyError("memory_size")
 
@@ -100,6 +115,12 @@ CASES = [
         "--context_length 41 is more than the 40 tokens this model can",
         lambda folder: edit_json(folder / "model" / "tokenizer_config.json", model_max_length=40),
         ("--context_length", "41"),
+    ),
+    BadInput(
+        "a context length of the special tokens",
+        "--context_length 2 leaves no room for the review: this model's tokenizer adds 2 special tokens",
+        lambda folder: None,
+        ("--context_length", "2"),
     ),
 ]
 
