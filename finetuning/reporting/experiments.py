@@ -33,7 +33,6 @@ class Experiment(NamedTuple):
     published: float | None = None  # test accuracy in percent
     log: PublishedLog | None = None
     benchmark: str | None = None  # key in benchmarks/speed.json
-    former_name: str | None = None  # of the run, in records from before it was renamed
     data_dir: str = "."  # folder of the CSV files
 
     def run_folder(self, seed: int) -> str:
@@ -106,7 +105,6 @@ PUBLISHED_SPLIT = (
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
         command="python train_bert_hf.py --model minilm --learning_rate 5e-5 --eval_freq 250",
         name="minilm-all-learning_rate_5e-05",
-        former_name="all-MiniLM-L6-v2-all-learning_rate_5e-05",
     ),
     Experiment(
         number=11,

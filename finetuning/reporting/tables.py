@@ -42,9 +42,7 @@ def load_records(experiment: Experiment, results: Path) -> dict[str, dict]:
     """
     records, parent = {}, results / experiment.data_dir
     # A folder without a record is that of a running or interrupted run.
-    names = (experiment.name, experiment.former_name)
-    paths = next(filter(None, (sorted(parent.glob(f"{name}-seed*/{RECORD}")) for name in names)), [])
-    for path in paths:
+    for path in sorted(parent.glob(f"{experiment.name}-seed*/{RECORD}")):
         record = read_record(path.parent)
         if not path.parent.name.endswith(f"-seed{record['arguments']['seed']}"):
             continue

@@ -38,14 +38,6 @@ def test_results_table_shows_a_dash_without_a_record(tmp_path):
     assert tables.results_table([bert], tmp_path, "ja").endswith("| 8 | Counts | 109.5M | – | – |")
 
 
-def test_load_records_finds_a_former_name_until_there_is_a_record_of_the_new_name(tmp_path):
-    experiment = COUNTS._replace(name="new", former_name="old")
-    write_sized_example(tmp_path / "results" / "old-seed123", 0.8)
-    assert "[80.00%](results/old-seed123/record.json)" in tables.results_table([experiment], tmp_path / "results")
-    write_sized_example(tmp_path / "results" / "new-seed123", 0.9)
-    assert [*tables.load_records(experiment, tmp_path / "results")] == ["results/new-seed123/record.json"]
-
-
 def test_load_records_ignores_the_folder_of_an_interrupted_run(tmp_path):
     (tmp_path / "results" / "logreg-counts-seed7").mkdir(parents=True)
     (tmp_path / "results" / "logreg-counts-seed7" / "checkpoint.pt").touch()
