@@ -212,7 +212,13 @@ def test_main_refuses_a_model_folder_with_an_invalid_configuration(model_folder,
     command = ["--model_size", model_folder, "--data_dir", data_dir, "--output_dir", data_dir / "run"]
     path = model_folder / "config.json"
     config = json.loads(path.read_text())
-    changes = ({"n_heads": 3}, {"vocab_size": "many"}, {"drop_rate": 2}, *({key: 0} for key in train_gpt.SIZES))
+    changes = (
+        {"n_heads": 3},
+        {"n_heads": 2.0},
+        {"vocab_size": "many"},
+        {"drop_rate": 2},
+        *({key: 0} for key in train_gpt.SIZES),
+    )
     for invalid in ({}, [], *({**config, **change} for change in changes)):
         path.write_text(json.dumps(invalid))
         assert "config.json is not a valid GPT configuration" in failing(train_gpt.main, *command)

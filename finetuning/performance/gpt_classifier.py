@@ -127,10 +127,10 @@ def last_non_padding_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     if batch.input_ids.device.type != "cpu" or is_compiled(model):
         return model(batch.input_ids, positions=batch.lengths[:, None] - 1)[:, 0]
     # Packing is faster on a CPU; a GPU prefers few large operations, and a compiled model few shapes.
-    not_padding = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
+    longest = batch.input_ids.shape[1]
+    not_padding = torch.arange(longest) < batch.lengths[:, None]
     packed, lengths = batch.input_ids[not_padding], batch.lengths.tolist()
-    limit = batch.input_ids.shape[1]
-    if filler := cpu_kernels.num_filler(len(packed), cpu_kernels.ROW_MULTIPLE, limit):  # as one more text
+    if filler := cpu_kernels.num_filler(len(packed), cpu_kernels.ROW_MULTIPLE, limit=longest):  # as one more text
         packed = torch.cat([packed, packed.new_zeros(filler, *packed.shape[1:])])
         lengths.append(filler)
     last_tokens = torch.tensor([lengths]).cumsum(dim=1) - 1

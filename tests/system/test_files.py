@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_models import TINY_CONFIGS, save_encoder
 
 from finetuning.reporting import records
 from finetuning.system.errors import UserError
-from finetuning.system.files import LOCK_NAME, atomic_write, exclusive_dir, report_disk_errors
+from finetuning.system.files import LOCK_NAME, atomic_write, exclusive_dir, hex_digest, report_disk_errors
 
 
 def test_failed_atomic_write_keeps_old_files(tmp_path):
@@ -78,6 +79,19 @@ def test_files_that_another_program_uses_stay(tmp_path, monkeypatch):
         for temporary in temporaries:
             temporary.write_text("new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+
+
+def test_md5_is_computed_where_it_is_refused_for_security(tmp_path, monkeypatch):
+    new = hashlib.new
+
+    def refuse(name, data=b"", *, usedforsecurity=True):
+        if usedforsecurity:
+            raise ValueError("unsupported")
+        return new(name, data, usedforsecurity=False)
+
+    monkeypatch.setattr(hashlib, "new", refuse)
+    (tmp_path / "a").write_bytes(b"abc")
+    assert hex_digest(tmp_path / "a", "md5") == "900150983cd24fb0d6963f7d28e17f72"
 
 
 def test_exclusive_dir_is_exclusive_and_removed_if_empty(tmp_path):

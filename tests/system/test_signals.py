@@ -119,6 +119,16 @@ def test_signals_of_a_shutdown_do_not_end_the_step(numbers):
     assert reached == ["end"]
 
 
+def test_hangup_is_raised_once():
+    before = signal.signal(signal.SIGHUP, raise_exception)
+    try:
+        with pytest.raises(Hangup):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # while temporary files are removed
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ignored_signals_stay_ignored(number):
     """`nohup` ignores SIGHUP, a shell script SIGINT for its background processes."""
