@@ -185,7 +185,8 @@ def measure(args: Namespace) -> dict[str, float | str]:
 def whole_run(seconds: dict) -> float:
     """Extrapolate the seconds of the published run from its measured parts."""
     return (
-        seconds.get("caching", 0)
+        seconds.get("compiling", 0)
+        + seconds.get("caching", 0)
         + seconds.get("log_caching", 0)
         + NUM_STEPS * seconds["step"]
         + NUM_LOG_LINES * LOG_SAMPLE * seconds.get("log_review", seconds["review"])

@@ -19,6 +19,7 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device, num_steps: int):
+        self.started = time.perf_counter()
         self.device = device
         self.num_steps = num_steps
         self.interval = 1 if device.type == "cpu" else max(1, num_steps // NUM_INTERVALS)
@@ -36,6 +37,10 @@ class StepClock:
         """Return the mean seconds per step of each interval but the first, which warms up, within `num_steps`."""
         times = self.times[: self.num_steps // self.interval]
         return [(end - start) / self.interval for start, end in itertools.pairwise(times)]
+
+    def warm_up(self) -> float:
+        """Return the seconds of the first interval beyond those of a later one, such as those of a compilation."""
+        return self.times[0] - self.started - self.interval * statistics.median(self.seconds())
 
     def means(self, values: list[float]) -> list[float]:
         """Return the means of the values, one per step, over each of the intervals of `seconds`."""

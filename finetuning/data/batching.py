@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from finetuning.data.tokenization import EncodedReviews
 
 MEGA_BATCH_MULT = 50  # batches within which reviews are sorted by length, as in Transformers' group_by_length
-NUM_BUCKETS = 4  # padded lengths of a compiled model, which is recompiled for each
+NUM_BUCKETS = 2  # padded lengths of a compiled model, which is recompiled for each
 
 
 class Batch(NamedTuple):
@@ -119,8 +119,10 @@ class IMDbDataset(Dataset):
             input_ids[row, start : start + num_rows] = self.token_ids[offset : offset + num_rows]
         positions = np.arange(shape[1]) - first[:, None]
         not_padding = (positions >= 0) & (positions < lengths[:, None])
-        # Without padding there is nothing to mask, and fused attention kernels are faster without a mask.
-        has_mask = self.use_attention_mask and not not_padding.all()
+        # Without padding there is nothing to mask, and fused attention kernels are faster without a mask. But a model
+        # compiled for each bucket would be recompiled for the few training batches without padding.
+        has_buckets = isinstance(self.pad_to, tuple)
+        has_mask = self.use_attention_mask and (has_buckets or not not_padding.all())
         return Batch(
             torch.from_numpy(input_ids),
             torch.from_numpy(not_padding.astype(np.int64)) if has_mask else None,

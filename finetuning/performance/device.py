@@ -151,6 +151,8 @@ def check_compiler(device: torch.device) -> None:
 def compile_model(model: nn.Module, device: torch.device, accumulates_gradients: bool = False) -> None:
     """Compile a model for each input shape; on CUDA use CUDA graphs unless gradients are accumulated."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # Advice of the compiler; TF32 is the user's choice (--precision tf32).
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     # The next replay of a CUDA graph would overwrite the gradients of the previous micro-batch.
     uses_cuda_graphs = device.type == "cuda" and not accumulates_gradients
     model.compile(dynamic=False, mode="reduce-overhead" if uses_cuda_graphs else None)

@@ -75,8 +75,13 @@ def predict_logits(reviews: IMDbDataset, classifier: Classifier) -> torch.Tensor
     shard = np.arange(distributed.rank(), len(reviews), distributed.world_size())
     batches = [shard[indices] for indices in batches_by_token_budget(lengths[shard], classifier.eval_tokens)]
 
+    compiled = is_compiled(classifier.model)
+
     def compute(indices):
-        return classifier(reviews.collate(indices).to(classifier.device))
+        # A compiled model is recompiled for each shape: repeated reviews complete its batches to one size.
+        size = max(1, classifier.eval_tokens // max(1, int(lengths[indices[0]]))) if compiled else len(indices)
+        batch = reviews.collate(np.resize(indices, size))
+        return classifier(batch.to(classifier.device))[: len(indices)]
 
     with inference_context(classifier):
         results = [*retry_in_smaller_batches(compute, evaluation_bar(batches), lengths, classifier)]

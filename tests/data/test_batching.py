@@ -33,8 +33,8 @@ def test_collate_pads_to_the_shortest_bucket_that_fits():
     assert dataset.collate([1]).input_ids.tolist() == [[8, 0]]
     assert dataset.collate([2, 0]).input_ids.tolist() == [[9, 10, 0, 0], [5, 6, 7, 0]]
     assert dataset.padded_lengths(dataset.lengths).tolist() == [4, 2, 2]
-    assert length_buckets(256) == (64, 128, 192, 256)
-    assert length_buckets(30) == (8, 15, 23, 30)
+    assert length_buckets(256) == (128, 256)
+    assert length_buckets(30) == (15, 30)
 
 
 def test_collate_pads_hidden_states():
@@ -48,6 +48,8 @@ def test_collate_omits_the_mask_of_a_batch_without_padding():
     dataset = IMDbDataset(concatenate([[1, 2], [3, 4], [5]], [0, 1, 0]), pad_token_id=0, use_attention_mask=True)
     assert dataset.collate([0, 1]).attention_mask is None
     assert dataset.collate([0, 2]).attention_mask is not None
+    dataset.pad_to = (1, 2)  # of a compiled model, which is compiled for batches with a mask
+    assert dataset.collate([0, 1]).attention_mask.tolist() == [[1, 1], [1, 1]]
 
 
 def test_dataset_indexing_and_head():

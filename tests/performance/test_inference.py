@@ -34,6 +34,23 @@ def test_predict_logits_does_not_depend_on_the_batches(monkeypatch):
     assert whole[:, 1].tolist() == [i % 7 for i in range(103)]
 
 
+def test_compiled_model_sees_one_batch_size_for_each_length(monkeypatch):
+    monkeypatch.setattr("finetuning.performance.inference.is_compiled", lambda model: True)
+    monkeypatch.setitem(EVAL_TOKENS_PER_BATCH, "cpu", 13)
+    tokens = concatenate([[i] * (i % 4 + 1) for i in range(14)], [0] * 14)  # 6 of 3 or 4 tokens, 8 of 1 or 2
+    classifier = limited_memory_classifier(13)
+    logits = predict_logits(IMDbDataset(tokens, pad_token_id=0, pad_to=(2, 4)), classifier)
+    assert logits[:, 1].tolist() == list(range(14))
+    # Batches of 3 and 3 long reviews, then of 6 short ones and of 2 that are repeated.
+    assert [batch for _, batch in classifier.model.batches] == [
+        [2, 3, 6],
+        [7, 10, 11],
+        [0, 1, 4, 5, 8, 9],
+        [12, 13, 12, 13, 12, 13],
+    ]
+    assert [count for count, _ in classifier.model.batches] == [12] * 4
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("MPS backend out of memory"), MemoryError()])
 def test_predict_logits_halves_batches_until_they_fit(error, monkeypatch, capsys):
     """32 reviews of 1 to 4 tokens, memory for 20 tokens: batches of 64 and 32 tokens fail, those of 16 fit."""
