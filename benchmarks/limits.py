@@ -24,15 +24,16 @@ class FlopModel(NamedTuple):
     """FLOPs of the matrix products of a batch, which are quadratic in the length of each review."""
 
     per_batch: int  # such as DeBERTa's projections of the relative positions
+    per_position: int  # of the longest review, such as rotary embeddings that all reviews share
     per_review: int
     per_token: int
     per_token_squared: int
 
     def __call__(self, lengths: Iterable[int]) -> int:
         """Return the FLOPs of one batch of reviews of these lengths, without padding."""
-        return self.per_batch + sum(
-            self.per_review + self.per_token * n + self.per_token_squared * n**2 for n in map(int, lengths)
-        )
+        counts = [int(length) for length in lengths]
+        shared = self.per_batch + self.per_position * max(counts)
+        return shared + sum(self.per_review + self.per_token * n + self.per_token_squared * n**2 for n in counts)
 
 
 class Flops(NamedTuple):
@@ -85,14 +86,16 @@ def count_batch(meta_model: nn.Module, pooling: Callable, batch_size: int, lengt
 
 
 def fit_flops(count: Callable[[int, int], int], longest: int) -> FlopModel:
-    """Return the exact FlopModel through `count(batch_size, length)` at four points, checked at a fifth."""
+    """Return the exact FlopModel through `count(batch_size, length)` at five points, checked at a sixth."""
     n = FIT_LENGTH
     once, twice, four_times = (count(1, k * n) for k in (1, 2, 4))
     per_token_squared = (four_times - 3 * twice + 2 * once) // (6 * n**2)
-    per_token = (twice - once - 3 * per_token_squared * n**2) // n
-    per_batch = 2 * once - count(2, n)
-    per_review = once - per_batch - per_token * n - per_token_squared * n**2
-    model = FlopModel(per_batch, per_review, per_token, per_token_squared)
+    linear = (twice - once - 3 * per_token_squared * n**2) // n
+    shared, shared_of_twice = 2 * once - count(2, n), 2 * twice - count(2, 2 * n)
+    per_position = (shared_of_twice - shared) // n
+    per_batch = shared - per_position * n
+    per_review = once - per_batch - linear * n - per_token_squared * n**2
+    model = FlopModel(per_batch, per_position, per_review, linear - per_position, per_token_squared)
     if model([longest] * 2) != count(2, longest):
         raise ValueError(f"the FLOPs are not quadratic in the length: {model} does not fit at {longest} tokens")
     return model

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -13,6 +14,11 @@ os.environ["HF_HOME"] = _home.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+# TorchScript, in which some versions of Transformers compute DeBERTa's positions, refuses simulated tensors.
+os.environ["PYTORCH_JIT"] = "0"
+for _signal in ("SIGINT", "SIGHUP"):  # which jobs in the background of a shell or of nohup ignore, with all they start
+    if hasattr(signal, _signal) and signal.getsignal(getattr(signal, _signal)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _signal), signal.default_int_handler if _signal == "SIGINT" else signal.SIG_DFL)
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, each with threads for all cores, slow each other down
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
@@ -52,6 +58,17 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """Hide this machine's GPUs from all tests but those of test_cuda.py, so that results do not depend on them."""
+    if request.module.__name__ != "test_cuda":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        for module in (torch.cuda, torch.mps):
+            monkeypatch.setattr(module, "device_count", lambda: 0)
+        for module in (torch.cuda, torch.backends.mps):
+            monkeypatch.setattr(module, "is_available", lambda: False)
 
 
 @pytest.fixture

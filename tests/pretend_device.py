@@ -67,6 +67,7 @@ def pretend_device(kind, count=1, capability=(8, 0)):
         "empty_cache": lambda: None,
         "get_device_name": lambda device=None: "Pretend GPU",
         "get_device_capability": lambda device=None: capability,
+        "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda device=None: 1 << 20,
     }
     autocast, to = torch.autocast, torch.Tensor.to

@@ -12,7 +12,7 @@ from finetuning.system.errors import UserError
 from finetuning.system.files import atomic_write
 
 FIGURE = Path("results") / "accuracy_against_time.svg"
-BENCHMARKS = Path("benchmarks") / "speed.json"
+BENCHMARKS = Path("benchmarks") / "speed.json", Path("benchmarks") / "speed_gpu.json"
 README_SECTIONS = ["results", "additions", *(f"log {number}" for number in range(1, 9))]
 PAGES = {  # {page: (language, generated sections)}
     "README.md": ("en", README_SECTIONS),
@@ -46,7 +46,7 @@ def section(name: str, results: Path, language: str) -> str:
         "significance": lambda: tables.significance_sentence(PUBLISHED_SPLIT, worse=4, better=6),
         "comparison": lambda: comparison_section(results),
         "splits": lambda: tables.splits_table(EXPERIMENTS, results),
-        "times": lambda: tables.times_table(EXPERIMENTS, results, results.parent / BENCHMARKS),
+        "times": lambda: tables.times_table(EXPERIMENTS, results, [results.parent / path for path in BENCHMARKS]),
     }[kind]()
 
 

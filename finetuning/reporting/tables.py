@@ -121,32 +121,46 @@ def record_mean(records: dict[str, dict], group: str, key: str) -> float:
     return statistics.fmean(record[group][key] for record in records.values())
 
 
-def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Path) -> str:
+def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: Iterable[Path]) -> str:
     """Return the table of run times and memory: from the records, else extrapolated by the benchmarks.
 
-    `benchmarks` is the file that benchmarks/speed.py writes.
+    `benchmarks` are files that benchmarks/speed.py writes, one for each kind of device.
     """
-    reports = json.loads(benchmarks.read_text(encoding="utf-8"))
-    measured = {
-        benchmark: (report["hardware"], rounds) for report in reports for benchmark, rounds in report["rows"].items()
-    }
+    reports = [report for path in benchmarks if path.exists() for report in json.loads(path.read_text("utf-8"))]
     rows = []
     for experiment in experiments:
-        cells = [DASH, "", ""]
-        if records := list(load_records(experiment, results).values()):
-            records = [record for record in records if record["hardware"] == records[0]["hardware"]]
-            minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
-            peak = max((record["peak_memory"] for record in records if record["peak_memory"]), default=None)
-            cells = [f"{minutes:.1f} min", gigabytes(peak), records[0]["hardware"]]
-        elif experiment.benchmark in measured:
-            hardware, rounds = measured[experiment.benchmark]
-            seconds = statistics.median(timings["project"]["run"] for timings in rounds)
-            peak = statistics.median(timings["project"]["peak_memory"] for timings in rounds)
-            cells = [f"{seconds / 3600:.1f} h, extrapolated", gigabytes(peak), hardware]
+        records = list(load_records(experiment, results).values())
+        measured = [recorded_time(records)] if records else extrapolated_times(experiment.benchmark, reports)
         published = f"{experiment.log.minutes:.1f} min" if experiment.log and experiment.log.minutes else ""
-        rows.append([str(experiment.number), experiment.title, published, *cells])
+        first = [str(experiment.number), experiment.title, published]
+        rows += [[*first, *cells] for cells in measured or [[DASH, "", ""]]]
     columns = ["#", "model", "published: training", "measured: training and evaluation", "peak memory", "hardware"]
     return markdown_table(columns, rows)
+
+
+def recorded_time(records: Sequence[dict]) -> list[str]:
+    """Return the cells time, memory and hardware of the records that are of the first one's hardware."""
+    records = [record for record in records if record["hardware"] == records[0]["hardware"]]
+    minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
+    peak = max((record["peak_memory"] for record in records if record["peak_memory"]), default=None)
+    return [f"{minutes:.1f} min", gigabytes(peak), records[0]["hardware"]]
+
+
+def extrapolated_times(benchmark: str | None, reports: Iterable[dict]) -> list[list[str]]:
+    """Return the cells time, memory and hardware of each report with the benchmark: of its faster way to run."""
+    rows = []
+    for report in reports:
+        ways = []
+        for implementation, flag in (("project", ""), ("project_compiled", " with --compile")):
+            rounds = report["rows"].get(benchmark, [])
+            runs = [timings[implementation] for timings in rounds if implementation in timings]
+            if runs:
+                peak = statistics.median(run["peak_memory"] for run in runs)
+                ways.append((statistics.median(run["run"] for run in runs), flag, gigabytes(peak)))
+        for seconds, flag, memory in sorted(ways)[:1]:
+            time = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
+            rows.append([f"{time}{flag}, extrapolated", memory, report["hardware"]])
+    return rows
 
 
 def gigabytes(count: float | None) -> str:

@@ -24,9 +24,9 @@ def test_count_flops_of_a_tiny_bert_equals_the_count_by_hand():
     per_token = blocks * (4 * 2 * width * width + 2 * 2 * width * hidden)  # query, key, value, output; two feed-forward
     per_token_squared = blocks * 2 * 2 * width  # scores, weighted values
     per_review = 2 * width * width + 2 * width * classes  # pooler, classifier
-    assert flops.evaluation == (0, per_review, per_token, per_token_squared)
+    assert flops.evaluation == (0, 0, per_review, per_token, per_token_squared)
     # Each product of the forward pass has two in the backward pass, for its input and for its weight.
-    assert flops.training == (0, 3 * per_review, 3 * per_token, 3 * per_token_squared)
+    assert flops.training == (0, 0, 3 * per_review, 3 * per_token, 3 * per_token_squared)
     expected = sum(per_review + n * per_token + n**2 * per_token_squared for n in (3, 5))
     assert flops.evaluation(np.array([3, 5])) == expected
 
@@ -65,7 +65,9 @@ def test_count_flops_of_gpt_computes_logits_at_one_position(tiny_gpt):
 
 
 def test_fit_flops_raises_if_the_count_is_not_quadratic():
-    assert limits.fit_flops(lambda size, n: 7 + size * (5 + 3 * n + 2 * n**2), longest=50) == (7, 5, 3, 2)
+    model = limits.fit_flops(lambda size, n: 7 + 4 * n + size * (5 + 3 * n + 2 * n**2), longest=50)
+    assert model == (7, 4, 5, 3, 2)
+    assert model([1, 10]) == 7 + 4 * 10 + (5 + 3 + 2) + (5 + 30 + 200)
     with pytest.raises(ValueError, match="not quadratic"):
         limits.fit_flops(lambda size, n: size * n**3, longest=50)
 

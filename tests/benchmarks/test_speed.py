@@ -3,7 +3,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tiny_benchmarks import FLAGS, measured
 
 from benchmarks import implementations, report, speed
@@ -92,7 +91,6 @@ def test_main_writes_nothing_without_a_measurement_of_the_project(monkeypatch, t
     assert not (tmp_path / "speed.json").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_gpu_flag_needs_cuda():
     with pytest.raises(UserError, match="--device cuda is not on this machine"):
         speed.main(["--gpu"])

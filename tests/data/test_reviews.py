@@ -125,7 +125,7 @@ CASES = [
     bad_csv(
         "a NUL byte",
         TWO_REVIEWS + b"fi\0ne,1\n",
-        "review 3: the text holds a NUL byte; the file is damaged",
+        "line 4 holds a NUL byte; the file is damaged",
         split="test",
     ),
     bad_csv("NUL bytes only", bytes(4096), "it is a file of zero bytes"),

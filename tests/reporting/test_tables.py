@@ -78,6 +78,21 @@ def test_significance_sentence_by_hand():
     assert "p = 0.017" in text
 
 
+def test_times_table_shows_each_device_in_its_faster_way(tmp_path):
+    def report(hardware, **seconds):
+        timings = {way: {"run": run, "peak_memory": 2e9} for way, run in seconds.items()}
+        return [{"hardware": hardware, "rows": {"counts": [timings]}}]
+
+    paths = [tmp_path / "cpu.json", tmp_path / "gpu.json"]
+    paths[0].write_text(json.dumps(report("a CPU", project=7_200, reference=60)))
+    paths[1].write_text(json.dumps(report("a GPU", project=180, project_compiled=90)))
+    experiment = COUNTS._replace(benchmark="counts")
+    assert tables.times_table([experiment], tmp_path / "results", paths).splitlines()[2:] == [
+        "| 8 | Counts |  | 2.0 h, extrapolated | 2.0 GB | a CPU |",
+        "| 8 | Counts |  | 1.5 min with --compile, extrapolated | 2.0 GB | a GPU |",
+    ]
+
+
 def test_times_table_prefers_the_record_to_the_benchmark(tmp_path):
     results, benchmarks = tmp_path / "results", tmp_path / "speed.json"
     rounds = [{"reference": {}, "project": {"run": hours * 3600, "peak_memory": 2e9}} for hours in (1, 9, 2)]
@@ -85,7 +100,7 @@ def test_times_table_prefers_the_record_to_the_benchmark(tmp_path):
     experiment = COUNTS._replace(log=PublishedLog(train=1, validation=1, minutes=9.48))
 
     def line(experiment):
-        return tables.times_table([experiment], results, benchmarks).splitlines()[-1]
+        return tables.times_table([experiment], results, [benchmarks, tmp_path / "missing.json"]).splitlines()[-1]
 
     assert line(experiment) == "| 8 | Counts | 9.5 min | – |  |  |"
     experiment = experiment._replace(benchmark="counts")
