@@ -16,9 +16,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 # TorchScript, in which some versions of Transformers compute DeBERTa's positions, refuses simulated tensors.
 os.environ["PYTORCH_JIT"] = "0"
-for _signal in ("SIGINT", "SIGHUP"):  # which jobs in the background of a shell or of nohup ignore, with all they start
-    if hasattr(signal, _signal) and signal.getsignal(getattr(signal, _signal)) == signal.SIG_IGN:
-        signal.signal(getattr(signal, _signal), signal.default_int_handler if _signal == "SIGINT" else signal.SIG_DFL)
+# Background jobs of a shell and of nohup ignore these signals, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, each with threads for all cores, slow each other down
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 

@@ -202,8 +202,8 @@ def attention(
         return None
     if is_causal:
         # Filler comes last, so no token attends to filler keys; the outputs of filler queries are cut off below.
-        if num_tokens == num_keys:
-            tensors = [F.pad(x, (0, 0, 0, -num_tokens % KEY_MULTIPLE)) for x in tensors]
+        if num_tokens == num_keys and (filler := -num_tokens % KEY_MULTIPLE):
+            tensors = [F.pad(x, (0, 0, 0, filler)) for x in tensors]
         attn_mask = torch.ones(1, 1, tensors[0].shape[2], tensors[1].shape[2], dtype=torch.bool).tril()
     elif attn_mask is not None and not is_supported_mask(attn_mask, query, num_keys):
         return None
