@@ -43,8 +43,8 @@ class IMDbDataset(Dataset):
     ----------
     reviews : token ids, or hidden states (tokens, width) float32 in their place
     pad_token_id : fills the padding
-    pad_to : length that batches are padded to; several: the shortest that fits; None: the longest review's
-    use_attention_mask : whether the padding is masked
+    pad_to : length that batches are padded to; several (buckets): the shortest that fits; None: the longest review's
+    use_attention_mask : whether the padding is masked; batches without padding have no mask, except with buckets
     padding_side : "right" or "left"
     """
 
@@ -119,8 +119,8 @@ class IMDbDataset(Dataset):
             input_ids[row, start : start + num_rows] = self.token_ids[offset : offset + num_rows]
         positions = np.arange(shape[1]) - first[:, None]
         not_padding = (positions >= 0) & (positions < lengths[:, None])
-        # Without padding there is nothing to mask, and fused attention kernels are faster without a mask. But a model
-        # compiled for each bucket would be recompiled for the few training batches without padding.
+        # Fused attention kernels are faster without a mask, but a model compiled for each bucket would be recompiled
+        # for the few batches without padding.
         has_buckets = isinstance(self.pad_to, tuple)
         has_mask = self.use_attention_mask and (has_buckets or not not_padding.all())
         return Batch(

@@ -147,19 +147,20 @@ def recorded_time(records: Sequence[dict]) -> list[str]:
 
 
 def extrapolated_times(benchmark: str | None, reports: Iterable[dict]) -> list[list[str]]:
-    """Return the cells time, memory and hardware of each report with the benchmark: of its faster way to run."""
+    """Return the cells time, memory and hardware of each report of a benchmark, with --compile where that is faster."""
     rows = []
     for report in reports:
-        ways = []
+        candidates = []
         for implementation, flag in (("project", ""), ("project_compiled", " with --compile")):
             rounds = report["rows"].get(benchmark, [])
             runs = [timings[implementation] for timings in rounds if implementation in timings]
             if runs:
-                peak = statistics.median(run["peak_memory"] for run in runs)
-                ways.append((statistics.median(run["run"] for run in runs), flag, gigabytes(peak)))
-        for seconds, flag, memory in sorted(ways)[:1]:
-            time = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
-            rows.append([f"{time}{flag}, extrapolated", memory, report["hardware"]])
+                seconds, peak = (statistics.median(run[key] for run in runs) for key in ("run", "peak_memory"))
+                candidates.append((seconds, flag, peak))
+        if candidates:
+            seconds, flag, peak = min(candidates)
+            duration = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
+            rows.append([f"{duration}{flag}, extrapolated", gigabytes(peak), report["hardware"]])
     return rows
 
 

@@ -41,6 +41,17 @@ def test_measure_returns_positive_numbers(name, implementation, measure):
     )
 
 
+def test_compilation_counts_in_the_whole_run(measure, monkeypatch):
+    monkeypatch.setattr("finetuning.experiment.devices.check_compiler", lambda device: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)  # takes long
+    monkeypatch.setattr("benchmarks.timing.StepClock.warm_up", lambda clock: 1e6)
+    seconds = measure("bert-all", "project_compiled")
+    assert seconds["compiling"] == pytest.approx(1e6, abs=100)  # and the evaluation's first call
+    assert seconds["run"] == pytest.approx(
+        seconds["compiling"] + 4_375 * seconds["step"] + (88 * 320 + 50_000) * seconds["review"]
+    )
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_measure_times_the_trainer(precision, measure):
     seconds = measure("bert-all", f"trainer_{precision}")

@@ -78,7 +78,7 @@ def test_significance_sentence_by_hand():
     assert "p = 0.017" in text
 
 
-def test_times_table_shows_each_device_in_its_faster_way(tmp_path):
+def test_times_table_shows_the_faster_of_plain_and_compiled_runs_of_each_device(tmp_path):
     def report(hardware, **seconds):
         timings = {way: {"run": run, "peak_memory": 2e9} for way, run in seconds.items()}
         return [{"hardware": hardware, "rows": {"counts": [timings]}}]
