@@ -17,7 +17,7 @@ def log_section(experiment: Experiment, results: Path, language: str = "en") -> 
         blocks.append(code_block(published_log(experiment.log, experiment.published)))
     for path, record in list(load_records(experiment, results).items())[:1]:
         blocks += [
-            str(STRINGS[language]["measured log"]).format(record["hardware"], path),
+            str(STRINGS[language]["measured log"]).format(record["hardware"], record["arguments"]["seed"], path),
             code_block(recorded_log(record)),
         ]
     return "\n".join(blocks)

@@ -64,9 +64,11 @@ def accuracy_points(results: Path) -> list[Point]:
     points = []
     for experiment in PUBLISHED_SPLIT:
         label = f"{experiment.number} {experiment.title}"
-        for record in load_records(experiment, results).values():
+        records = load_records(experiment, results).values()
+        for record in records:
             minutes = record["seconds"]["training"] / 60
-            points.append(Point(label, minutes, record["accuracy"]["test"], record["test_interval_95"]))
+            seed = f", seed {record['arguments']['seed']}" if len(records) > 1 else ""
+            points.append(Point(label + seed, minutes, record["accuracy"]["test"], record["test_interval_95"]))
         if experiment.published and experiment.log and experiment.log.minutes:
             points.append(Point(label, experiment.log.minutes, experiment.published / 100))
     return points

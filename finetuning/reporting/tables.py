@@ -21,14 +21,14 @@ STRINGS = {
     "en": {
         "results": ["#", "model", "parameters", "published", "measured here (95% interval)"],
         "interval": " ({:.2%} to {:.2%})",
-        "seeds": ", mean of {} seeds, sd {:.2f}",
-        "measured log": "Measured here on {} ([record]({})):",
+        "seeds": ", mean of seeds {}, sd {:.2f} points",
+        "measured log": "Measured here on {}, seed {} ([record]({})):",
     },
     "ja": {
         "results": ["#", "モデル", "パラメータ数", "公表値", "本リポジトリでの実測値(95% 信頼区間)"],
         "interval": "({:.2%}〜{:.2%})",
-        "seeds": "、{} 個のシードの平均、標準偏差 {:.2f}",
-        "measured log": "本リポジトリでの実測({}、[記録]({})):",
+        "seeds": "、シード {} の平均、標準偏差 {:.2f} ポイント",
+        "measured log": "本リポジトリでの実測({}、シード {}、[記録]({})):",
     },
 }
 DASH = "–"
@@ -89,8 +89,9 @@ def accuracy_cell(experiment: Experiment, results: Path, strings: dict) -> str:
     total = REVIEWS[experiment.data_dir]["test"]
     mean = statistics.fmean(accuracies)
     interval = strings["interval"].format(*wilson_interval(round(mean * total), total))
-    seeds = strings["seeds"].format(len(records), 100 * statistics.stdev(accuracies)) if len(records) > 1 else ""
-    return f"{link(f'{mean:.2%}', records)}{interval}{seeds}"
+    if len(records) == 1:
+        return accuracy_link(mean, records) + interval
+    return f"{mean:.2%}{interval}" + strings["seeds"].format(seed_links(records), 100 * statistics.stdev(accuracies))
 
 
 def splits_table(experiments: Sequence[Experiment], results: Path) -> str:
@@ -105,7 +106,7 @@ def splits_table(experiments: Sequence[Experiment], results: Path) -> str:
             [
                 str(experiment.number),
                 experiment.title,
-                link(f"{record_mean(records, 'accuracy', 'test'):.2%}", records),
+                accuracy_link(record_mean(records, "accuracy", "test"), records),
                 f"{record_mean(records, 'duplicates', 'accuracy_without'):.2%}",
                 accuracy_cell(official[experiment.name], results, STRINGS["en"]) if experiment.name in official else "",
                 f"{record_mean(records, 'calibration', 'log_loss'):.3f}",
@@ -130,7 +131,7 @@ def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: It
     rows = []
     for experiment in experiments:
         records = list(load_records(experiment, results).values())
-        measured = [recorded_time(records)] if records else extrapolated_times(experiment.benchmark, reports)
+        measured = recorded_times(records) or extrapolated_times(experiment.benchmark, reports)
         published = f"{experiment.log.minutes:.1f} min" if experiment.log and experiment.log.minutes else ""
         first = [str(experiment.number), experiment.title, published]
         rows += [[*first, *cells] for cells in measured or [[DASH, "", ""]]]
@@ -138,12 +139,15 @@ def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: It
     return markdown_table(columns, rows)
 
 
-def recorded_time(records: Sequence[dict]) -> list[str]:
-    """Return the cells time, memory and hardware of the records that are of the first one's hardware."""
-    records = [record for record in records if record["hardware"] == records[0]["hardware"]]
-    minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in records)
-    peak = max((record["peak_memory"] for record in records if record["peak_memory"]), default=None)
-    return [f"{minutes:.1f} min", gigabytes(peak), records[0]["hardware"]]
+def recorded_times(records: Sequence[dict]) -> list[list[str]]:
+    """Return the cells mean time, peak memory and hardware of the records of each hardware."""
+    rows = []
+    for hardware in dict.fromkeys(record["hardware"] for record in records):
+        same = [record for record in records if record["hardware"] == hardware]
+        minutes = statistics.fmean(sum(record["seconds"].values()) / 60 for record in same)
+        peak = max((record["peak_memory"] for record in same if record["peak_memory"]), default=None)
+        rows.append([f"{minutes:.1f} min", gigabytes(peak), hardware])
+    return rows
 
 
 def extrapolated_times(benchmark: str | None, reports: Iterable[dict]) -> list[list[str]]:
@@ -169,10 +173,16 @@ def gigabytes(count: float | None) -> str:
     return DASH if count is None else f"{count / 1e9:.1f} GB"
 
 
-def link(text: str, records: Iterable[str]) -> str:
-    """Return the text with a link to the first record, and a "+" with a link to each other one."""
-    first, *others = records
-    return f"[{text}]({first})" + "".join(f" [+]({path})" for path in others)
+def accuracy_link(accuracy: float, records: dict[str, dict]) -> str:
+    """Return an accuracy with a link to its record, or to the record of each seed."""
+    if len(records) > 1:
+        return f"{accuracy:.2%} (seeds {seed_links(records)})"
+    return f"[{accuracy:.2%}]({next(iter(records))})"
+
+
+def seed_links(records: dict[str, dict]) -> str:
+    """Return the seeds of records, {path: record}, each with a link to its record."""
+    return ", ".join(f"[{record['arguments']['seed']}]({path})" for path, record in records.items())
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -28,8 +28,8 @@ def test_results_table_shows_the_mean_of_three_seeds(tmp_path):
     for seed, accuracy in enumerate([0.89, 0.9, 0.91]):
         write_sized_example(tmp_path / "results" / f"logreg-counts-seed{seed}", accuracy)
     line = tables.results_table([COUNTS], tmp_path / "results").splitlines()[-1]
-    assert "[90.00%](results/logreg-counts-seed0/record.json) [+](results/logreg-counts-seed1/record.json)" in line
-    assert line.endswith(", mean of 3 seeds, sd 1.00 |")
+    seeds = ", ".join(f"[{seed}](results/logreg-counts-seed{seed}/record.json)" for seed in range(3))
+    assert line.endswith(f"| 90.00% (89.40% to 90.57%), mean of seeds {seeds}, sd 1.00 points |")
 
 
 def test_results_table_shows_a_dash_without_a_record(tmp_path):
@@ -67,6 +67,10 @@ def test_splits_table_shows_both_splits_in_one_line(tmp_path):
     # Of the 3 reviews that are not duplicates, 2 are classified correctly; 0.8 of 25,000 is 79.50% to 80.49%.
     assert line.startswith("| 8 | Counts | [90.00%](results/logreg-counts-seed123/record.json) | 66.67% | [80.00%]")
     assert "(79.50% to 80.49%)" in line
+    write_sized_example(tmp_path / "results" / "logreg-counts-seed124", 0.92)
+    line = tables.splits_table([COUNTS, OFFICIAL], tmp_path / "results").splitlines()[-1]
+    seeds = ", ".join(f"[{seed}](results/logreg-counts-seed{seed}/record.json)" for seed in (123, 124))
+    assert line.startswith(f"| 8 | Counts | 91.00% (seeds {seeds}) | 66.67% | [80.00%]")
 
 
 def test_significance_sentence_by_hand():
@@ -100,7 +104,8 @@ def test_times_table_prefers_the_record_to_the_benchmark(tmp_path):
     experiment = COUNTS._replace(log=PublishedLog(train=1, validation=1, minutes=9.48))
 
     def line(experiment):
-        return tables.times_table([experiment], results, [benchmarks, tmp_path / "missing.json"]).splitlines()[-1]
+        (line,) = tables.times_table([experiment], results, [benchmarks, tmp_path / "missing.json"]).splitlines()[2:]
+        return line
 
     assert line(experiment) == "| 8 | Counts | 9.5 min | – |  |  |"
     experiment = experiment._replace(benchmark="counts")
@@ -109,7 +114,18 @@ def test_times_table_prefers_the_record_to_the_benchmark(tmp_path):
     assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | – | a CPU |"
     write_sized_example(results / "logreg-counts-seed124", 0.9, peak_memory=3_000_000_000)
     assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"
-    # Times of different hardware have no mean.
-    seconds = {"training": 600, "evaluation": 0}
-    write_sized_example(results / "logreg-counts-seed125", 0.9, hardware="a GPU", seconds=seconds)
-    assert line(experiment) == "| 8 | Counts | 9.5 min | 1.5 min | 3.0 GB | a CPU |"
+
+
+def test_times_table_has_a_line_for_each_hardware_of_the_records(tmp_path):
+    results = tmp_path / "results"
+    for seed, hardware, seconds in [(1, "a CPU", 600), (2, "a GPU", 60), (3, "a GPU", 120)]:
+        settings = {
+            "hardware": hardware,
+            "seconds": {"training": seconds, "evaluation": 0},
+            "peak_memory": seed * 10**9,
+        }
+        write_sized_example(results / f"logreg-counts-seed{seed}", 0.9, **settings)
+    assert tables.times_table([COUNTS], results, []).splitlines()[2:] == [
+        "| 8 | Counts |  | 10.0 min | 1.0 GB | a CPU |",
+        "| 8 | Counts |  | 1.5 min | 3.0 GB | a GPU |",
+    ]
