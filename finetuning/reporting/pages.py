@@ -64,11 +64,10 @@ def accuracy_points(results: Path) -> list[Point]:
     points = []
     for experiment in PUBLISHED_SPLIT:
         label = f"{experiment.number} {experiment.title}"
-        records = load_records(experiment, results).values()
-        for record in records:
+        for number, record in enumerate(load_records(experiment, results).values()):
+            name = f"{experiment.number}, seed {record['arguments']['seed']}" if number else label
             minutes = record["seconds"]["training"] / 60
-            seed = f", seed {record['arguments']['seed']}" if len(records) > 1 else ""
-            points.append(Point(label + seed, minutes, record["accuracy"]["test"], record["test_interval_95"]))
+            points.append(Point(name, minutes, record["accuracy"]["test"], record["test_interval_95"]))
         if experiment.published and experiment.log and experiment.log.minutes:
             points.append(Point(label, experiment.log.minutes, experiment.published / 100))
     return points

@@ -101,7 +101,7 @@ def plot_reliability(axes: Axes, record: dict, predictions: pd.DataFrame) -> Non
 
 def plot_experiments(points: Iterable[Point], footnote: str, path: Path) -> None:
     """Plot test accuracy against training time."""
-    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     axes = figure.subplots()
     for point in points:
         if point.interval:

@@ -2,7 +2,7 @@ import shutil
 
 import matplotlib
 import pytest
-from helpers import REPOSITORY, folder_contents
+from helpers import REPOSITORY, folder_contents, write_sized_example
 
 from finetuning.reporting import pages
 from finetuning.system.errors import UserError
@@ -57,3 +57,10 @@ def test_write_pages_shows_a_dash_for_a_deleted_record(project_copy):
     changed = changed_files(before, folder_contents(project_copy))
     assert comparable(changed) == comparable({*pages.PAGES, pages.FIGURE.as_posix()})
     assert "88.85% | – |" in (project_copy / "README.md").read_text(encoding="utf-8")
+
+
+def test_figure_shows_each_seed_and_names_the_model_once(tmp_path):
+    for seed, accuracy in [(123, 0.88), (124, 0.89)]:
+        write_sized_example(tmp_path / f"logreg-counts-seed{seed}", accuracy, seconds={"training": 6, "evaluation": 0})
+    points = [point[:3] for point in pages.accuracy_points(tmp_path) if point.interval]
+    assert points == [("8 Logistic Regression Baseline", 0.1, 0.88), ("8, seed 124", 0.1, 0.89)]
