@@ -51,9 +51,9 @@ class Checkpointer:
         self.interval = 60 * minutes
         self.last_saved = time.monotonic()
 
-    def __call__(self, state: TrainState, now: bool = False) -> None:
-        """Save a checkpoint if one is due, or `now`."""
-        if now or state.batches is None or time.monotonic() - self.last_saved >= self.interval:
+    def __call__(self, state: TrainState) -> None:
+        """Save a checkpoint if one is due."""
+        if state.batches is None or time.monotonic() - self.last_saved >= self.interval:
             self.save(state)
             self.last_saved = time.monotonic()
 

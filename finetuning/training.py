@@ -82,21 +82,20 @@ def train_classifier(
     model = distributed.wrap_ddp(classifier.model, lambda: has_unused_parameters(classifier, train.collate([0])))
     parallel = replace(classifier, model=model)
     classifier.model.train()
+    log_due_lines(state, steps_per_epoch, classifier, samples, config)
     while state.step < last_step:
         if state.batches is None:
             state.batches = draw_batches(train, config)
-        epoch, first = divmod(state.step, steps_per_epoch)
+        first = state.step % steps_per_epoch
         for indices in state.batches[first : first + last_step - state.step]:
             state.losses.append(forward_backward(train, indices, parallel, config.micro_batch_size))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if state.step % config.eval_freq == 0:
-                log_losses(state, epoch, classifier, samples, config)
             state.step += 1
             if state.step % steps_per_epoch == 0 or state.step == last_step:
                 state.batches = None  # the epoch has ended
-                log_accuracies(state, classifier, samples, config)
+            log_due_lines(state, steps_per_epoch, classifier, samples, config)
             state.seconds = time.perf_counter() - started
             for callback in callbacks:
                 callback(state)
@@ -148,13 +147,32 @@ def has_unused_parameters(classifier: Classifier, batch: Batch) -> bool:
     return unused
 
 
+def log_due_lines(
+    state: TrainState, steps_per_epoch: int, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig
+) -> None:
+    """Evaluate and print the log lines of the last step that its run has not printed.
+
+    Until then the state is that of the step, from which a run can resume if the evaluation is interrupted.
+    """
+    step = state.step - 1  # the first one is step 0 of the log
+    if step >= 0 and step % config.eval_freq == 0 and not is_logged(state.eval_history, step):
+        log_losses(state, step, step // steps_per_epoch, classifier, samples, config)
+    if step >= 0 and state.batches is None and not is_logged(state.epoch_metrics, state.step):
+        log_accuracies(state, classifier, samples, config)
+
+
+def is_logged(history: list[dict], step: int) -> bool:
+    """Return whether the last entry of a history is that of a step."""
+    return bool(history) and history[-1]["step"] == step
+
+
 def log_losses(
-    state: TrainState, epoch: int, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig
+    state: TrainState, step: int, epoch: int, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig
 ) -> None:
     """Evaluate, extend the evaluation history and print a log line."""
     check_finite(state, num_steps=config.eval_freq)
     train_loss, validation_loss = (mean_loss(sample, classifier) for sample in samples)
-    state.eval_history.append({"step": state.step, "train_loss": train_loss, "validation_loss": validation_loss})
+    state.eval_history.append({"step": step, "train_loss": train_loss, "validation_loss": validation_loss})
     log(step_line(epoch + 1, state.eval_history[-1]))
 
 

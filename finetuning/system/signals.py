@@ -27,6 +27,8 @@ EXCEPTIONS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterru
 if hasattr(signal, "SIGHUP"):  # not on Windows
     EXCEPTIONS[signal.SIGHUP] = Hangup
 
+deferred: list[KeyboardInterrupt] = []  # the interrupt that `defer_interrupts` holds
+
 
 def signal_number(error: KeyboardInterrupt) -> int:
     """Return the number of the signal that raised an exception."""
@@ -62,21 +64,21 @@ def discard_terminal_output() -> None:
 
 @contextmanager
 def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
-    """Yield a list that collects the first interrupt instead of raising it; the block polls the list.
+    """Yield a list that holds the first interrupt instead of raising it, until `raise_deferred_interrupt` is called.
 
     A Ctrl-C after the first interrupt is raised immediately. A later SIGTERM or SIGHUP is ignored, because
-    systemd sends both together. A pending interrupt is raised when the block ends.
+    systemd sends both together. A deferred interrupt is raised when the block ends.
     """
-    pending: list[KeyboardInterrupt] = []
+    deferred.clear()
 
     def handler(number, frame):
         if EXCEPTIONS[number] is Hangup:
             discard_terminal_output()
-        if pending:
+        if deferred:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        pending.append(EXCEPTIONS[number]())
+        deferred.append(EXCEPTIONS[number]())
         # stderr may be closed, or a pipe to a `tee` that the same Ctrl-C has ended.
         with suppress(OSError, AttributeError):
             os.write(sys.__stderr__.fileno(), DEFERRED_MESSAGE)  # print() is not reentrant in a signal handler
@@ -84,10 +86,18 @@ def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
     handled = [number for number in EXCEPTIONS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in handled}
     try:
-        yield pending
+        yield deferred
     finally:
         for number, previous in before.items():
             if signal.getsignal(number) is handler:  # unless a SIGHUP is ignored by now
                 signal.signal(number, previous)
-    if pending:
-        raise pending[0]
+        held = deferred.copy()
+        deferred.clear()
+    if held:
+        raise held[0]
+
+
+def raise_deferred_interrupt() -> None:
+    """Raise the interrupt that `defer_interrupts` holds, if any; call it where the run can resume."""
+    if deferred:
+        raise deferred[0]

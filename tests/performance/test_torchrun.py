@@ -114,11 +114,11 @@ import train_gpt
 from finetuning import experiment
 
 class InterruptedCheckpointer(experiment.Checkpointer):
-    def __call__(self, state, now=False):
+    def __call__(self, state):
+        super().__call__(state)
         if state.step == {stop}:
             signal.raise_signal(signal.SIGINT)
-            now = True
-        super().__call__(state, now)
+            experiment.raise_deferred_interrupt()
 experiment.Checkpointer = InterruptedCheckpointer
 train_gpt.BASE_CONFIG["drop_rate"] = 0.3
 runpy.run_path({script!r}, run_name="__main__")

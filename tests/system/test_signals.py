@@ -20,6 +20,7 @@ from finetuning.system.signals import (
     Hangup,
     Terminated,
     defer_interrupts,
+    raise_deferred_interrupt,
     raise_exception,
     signal_number,
 )
@@ -154,6 +155,38 @@ def test_closed_terminal_does_not_end_the_run_before_its_checkpoint(command, tmp
         process.send_signal(signal.SIGHUP)
     assert process.returncode == 129
     assert read_checkpoint(checkpoint_paths(tmp_path / "run")[0])["train_state"]["step"] > 15
+
+
+# Evaluations 1 and 2 are those of step 0, on training and validation reviews; 7 and 8 end the first epoch, 16 the last.
+@pytest.mark.parametrize(
+    ("evaluation", "step", "logged"),
+    [(1, 1, []), (4, 3, [0]), (7, 6, [0, 2, 4]), (9, 7, [0, 2, 4]), (16, 12, [0, 2, 4, 6, 8, 10])],
+)
+def test_run_interrupted_in_a_log_line_resumes_with_that_line(
+    evaluation, step, logged, resumable_command, tmp_path, monkeypatch, capsys
+):
+    def train(name, *arguments):
+        train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / name), *arguments])
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == evaluation:
+            signal.raise_signal(signal.SIGTERM)
+        raise_deferred_interrupt()
+
+    train("expected")
+    log = capsys.readouterr().out.splitlines()
+    calls = []
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        patch.setattr("finetuning.performance.inference.raise_deferred_interrupt", interrupt)
+        train("run")
+    assert len(calls) == evaluation
+    state = read_checkpoint(checkpoint_paths(tmp_path / "run")[0])["train_state"]
+    assert (state["step"], len(state["losses"]), [row["step"] for row in state["eval_history"]]) == (step, step, logged)
+    train("run", "--resume")
+    assert_same_results(tmp_path / "run", tmp_path / "expected")
+    resumed = capsys.readouterr().out.splitlines()
+    assert [line for line in resumed if "minutes" not in line] == [line for line in log if "minutes" not in line]
 
 
 def test_interrupt_in_the_final_evaluation_prints_the_resume_command(command, tmp_path):
