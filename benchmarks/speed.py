@@ -35,7 +35,7 @@ from benchmarks.implementations import (
 from benchmarks.timing import timed
 from benchmarks.workloads import WORKLOADS
 from finetuning.cli import ArgumentParser, positive_float, positive_int, run_main, user_path
-from finetuning.performance.device import device_name, select_device
+from finetuning.performance.device import device_count, device_name, select_device
 from finetuning.system.console import print_status
 from finetuning.system.environment import git_commit, peak_rss, versions
 from finetuning.system.errors import UserError
@@ -115,9 +115,12 @@ def workload_name(text: str) -> str:
 def run_rounds(args: Namespace) -> None:
     """Measure all workloads, print their tables and add them to the report."""
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    device = select_device(args.device)
+    if args.peer and device.type == "cuda" and device_count("cuda") > 1:
+        raise UserError("the Trainer of --peer would use all GPUs; set CUDA_VISIBLE_DEVICES=0 to compare on one")
     environment = {
         "command": args.command,
-        "hardware": device_name(select_device(args.device)),
+        "hardware": device_name(device),
         "versions": versions(),
         "git_commit": git_commit(),
     }

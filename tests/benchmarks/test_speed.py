@@ -3,6 +3,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_benchmarks import FLAGS, measured
 
 from benchmarks import implementations, report, speed
@@ -93,6 +94,14 @@ def test_main_writes_nothing_without_a_measurement_of_the_project(monkeypatch, t
 
 def test_gpu_flag_needs_cuda():
     with pytest.raises(UserError, match="--device cuda is not on this machine"):
+        speed.main(["--gpu"])
+
+
+def test_peer_is_refused_on_several_gpus(monkeypatch):
+    """The Trainer trains with DataParallel on all of them, this project on one."""
+    monkeypatch.setattr(speed, "select_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="set CUDA_VISIBLE_DEVICES=0 to compare on one"):
         speed.main(["--gpu"])
 
 
