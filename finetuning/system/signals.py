@@ -69,7 +69,6 @@ def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
     A Ctrl-C after the first interrupt is raised immediately. A later SIGTERM or SIGHUP is ignored, because
     systemd sends both together. A deferred interrupt is raised when the block ends.
     """
-    deferred.clear()
 
     def handler(number, frame):
         if EXCEPTIONS[number] is Hangup:

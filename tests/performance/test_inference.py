@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 from helpers import make_reviews
@@ -7,8 +9,10 @@ from transformers import AutoModelForSequenceClassification
 import train_bert_hf
 from finetuning.data.batching import IMDbDataset
 from finetuning.data.tokenization import concatenate
+from finetuning.performance import distributed
 from finetuning.performance.inference import EVAL_TOKENS_PER_BATCH, Classifier, has_enough_padding, predict_logits
 from finetuning.system.errors import UserError
+from finetuning.system.signals import defer_interrupts
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -110,3 +114,16 @@ def test_padding_is_skipped_from_a_twentieth_of_the_tokens_on():
     assert has_enough_padding(mask)
     mask = torch.cat([mask, torch.ones(1, 10, dtype=torch.int64)])  # 1 of 30
     assert not has_enough_padding(mask)
+
+
+def test_only_the_main_process_stops_an_evaluation(monkeypatch):
+    """It saves the checkpoint, and an error of another process would keep it from that."""
+    dataset = IMDbDataset(concatenate([[1], [2]], [0, 1]), pad_token_id=0)
+    finished = []
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        for is_main_process in (False, True):
+            monkeypatch.setattr(distributed, "is_main_process", lambda value=is_main_process: value)
+            predict_logits(dataset, first_token_classifier())
+            finished.append(is_main_process)
+    assert finished == [False]

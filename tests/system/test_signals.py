@@ -13,7 +13,7 @@ from processes import end, start, wait_for
 from tiny_models import TINY_CONFIGS, save_encoder
 
 import train_bert_hf
-from finetuning.checkpoint import checkpoint_paths, read_checkpoint
+from finetuning.checkpoint import checkpoint_paths, has_checkpoint, read_checkpoint
 from finetuning.reporting import records
 from finetuning.system.signals import (
     DEFERRED_MESSAGE,
@@ -24,6 +24,7 @@ from finetuning.system.signals import (
     raise_exception,
     signal_number,
 )
+from finetuning.training import forward_backward
 
 if sys.platform == "win32":
     pytest.skip("Windows has no such signals", allow_module_level=True)
@@ -86,6 +87,7 @@ def test_deferred_interrupt_is_raised_at_the_end_of_the_block():
         reached.append("end")
     assert reached == ["end"]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    raise_deferred_interrupt()  # it is raised once
     with defer_interrupts() as pending:
         pass
     assert pending == []
@@ -187,6 +189,32 @@ def test_run_interrupted_in_a_log_line_resumes_with_that_line(
     assert_same_results(tmp_path / "run", tmp_path / "expected")
     resumed = capsys.readouterr().out.splitlines()
     assert [line for line in resumed if "minutes" not in line] == [line for line in log if "minutes" not in line]
+
+
+def test_interrupt_in_a_step_is_raised_after_that_step(resumable_command, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupt(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # has no log line
+            signal.raise_signal(signal.SIGINT)
+        return forward_backward(*arguments)
+
+    monkeypatch.setattr("finetuning.training.forward_backward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "run")])
+    assert read_checkpoint(checkpoint_paths(tmp_path / "run")[0])["train_state"]["step"] == 4
+
+
+def test_second_ctrl_c_saves_no_checkpoint_of_an_unfinished_step(resumable_command, tmp_path, monkeypatch):
+    def interrupt_twice(reviews, indices, classifier, micro_batch_size):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("finetuning.training.forward_backward", interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / "run")])
+    assert not has_checkpoint(tmp_path / "run")
 
 
 def test_interrupt_in_the_final_evaluation_prints_the_resume_command(command, tmp_path):
