@@ -116,8 +116,11 @@ def run_rounds(args: Namespace) -> None:
     """Measure all workloads, print their tables and add them to the report."""
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     device = select_device(args.device)
-    if args.peer and device.type == "cuda" and device_count("cuda") > 1:
-        raise UserError("the Trainer of --peer would use all GPUs; set CUDA_VISIBLE_DEVICES=0 to compare on one")
+    names = {implementation for name in args.workloads for implementation in implementations(args, name)}
+    if device.type == "cuda" and device_count("cuda") > 1 and names.intersection(report.TRAINERS):
+        raise UserError(
+            f"the Trainer of --peer would use all {device_count('cuda')} GPUs; set CUDA_VISIBLE_DEVICES to one of them"
+        )
     environment = {
         "command": args.command,
         "hardware": device_name(device),

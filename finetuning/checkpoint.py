@@ -60,7 +60,7 @@ class Checkpointer:
     def save(self, state: TrainState) -> None:
         """Save the model's state dict without frozen parameters and everything else that resuming needs.
 
-        If the disk is full or fails, warn and continue training. Raises UserError if losses or weights are not finite.
+        If the disk is full or fails, warn and return. Raises UserError if losses or weights are not finite.
         """
         check_finite(state, num_steps=len(state.losses))
         if not all(p.isfinite().all() for p in self.classifier.model.parameters() if p.requires_grad):
@@ -83,7 +83,7 @@ class Checkpointer:
                 if self.path.exists():
                     os.replace(self.path, self.previous)
         except (UserError, OSError) as error:  # such as a file size limit
-            print_status(f"Could not save a checkpoint after step {state.step}: {error}; training continues")
+            print_status(f"Could not save a checkpoint after step {state.step}: {error}")
 
 
 def state_dict_without_frozen(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ from finetuning.reporting.saved_models import save_model
 from finetuning.system.console import log, print_status
 from finetuning.system.errors import UserError
 from finetuning.system.files import exclusive_dir
-from finetuning.system.signals import defer_interrupts, raise_deferred_interrupt
+from finetuning.system.signals import defer_interrupts, raise_pending_interrupt
 from finetuning.trainable_layers import count_parameters
 from finetuning.training import TrainConfig, TrainState, accuracy, train_classifier
 
@@ -235,16 +235,16 @@ def train_model(
     state.seconds += time.perf_counter() - started
     checkpointer = Checkpointer(run.folder, classifier, optimizers, fingerprint, args.checkpoint_minutes)
     num_steps = config.num_steps(len(train))
-    with defer_interrupts() as deferred, training_bar(state, num_steps, config.batch_size) as bar:
+    with defer_interrupts() as pending, training_bar(state, num_steps, config.batch_size) as bar:
         # Only the main process saves and stops; the other ranks then fail in their next collective operation.
         tensorboard = [run.tensorboard] if run.tensorboard else []
-        main_callbacks: list[Callable] = [bar, *tensorboard, lambda state: raise_deferred_interrupt(), checkpointer]
+        main_callbacks: list[Callable] = [bar, *tensorboard, checkpointer, lambda state: raise_pending_interrupt()]
         other_callbacks = [lambda state: distributed.seed_per_rank(args.seed, state.step)]
         callbacks = main_callbacks if distributed.is_main_process() else other_callbacks
         try:
             state = train_classifier(classifier, optimizers, train, validation, config, state, callbacks)
         except KeyboardInterrupt as interrupt:
-            if interrupt in deferred:  # raised after a step, unlike a second Ctrl-C
+            if interrupt in pending:  # raised after a step, unlike a second Ctrl-C
                 checkpointer.save(state)
             raise
     return classifier, splits | {"train": train, "validation": validation}, state

@@ -82,7 +82,16 @@ def train_classifier(
     model = distributed.wrap_ddp(classifier.model, lambda: has_unused_parameters(classifier, train.collate([0])))
     parallel = replace(classifier, model=model)
     classifier.model.train()
-    log_due_lines(state, steps_per_epoch, classifier, samples, config)
+
+    def end_step():
+        state.seconds = time.perf_counter() - started
+        log_due_lines(state, steps_per_epoch, classifier, samples, config)
+        state.seconds = time.perf_counter() - started
+        for callback in callbacks:
+            callback(state)
+
+    if any(due_lines(state, config)):  # in a resumed run that was interrupted while it evaluated
+        end_step()
     while state.step < last_step:
         if state.batches is None:
             state.batches = draw_batches(train, config)
@@ -95,10 +104,7 @@ def train_classifier(
             state.step += 1
             if state.step % steps_per_epoch == 0 or state.step == last_step:
                 state.batches = None  # the epoch has ended
-            log_due_lines(state, steps_per_epoch, classifier, samples, config)
-            state.seconds = time.perf_counter() - started
-            for callback in callbacks:
-                callback(state)
+            end_step()
     return state
 
 
@@ -150,15 +156,23 @@ def has_unused_parameters(classifier: Classifier, batch: Batch) -> bool:
 def log_due_lines(
     state: TrainState, steps_per_epoch: int, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig
 ) -> None:
-    """Evaluate and print the log lines of the last step that its run has not printed.
-
-    Until then the state is that of the step, from which a run can resume if the evaluation is interrupted.
-    """
-    step = state.step - 1  # the first one is step 0 of the log
-    if step >= 0 and step % config.eval_freq == 0 and not is_logged(state.eval_history, step):
-        log_losses(state, step, step // steps_per_epoch, classifier, samples, config)
-    if step >= 0 and state.batches is None and not is_logged(state.epoch_metrics, state.step):
+    """Evaluate and print the log lines that are due; an interrupted evaluation leaves the state as it was."""
+    losses_due, accuracies_due = due_lines(state, config)
+    if losses_due:
+        log_losses(state, steps_per_epoch, classifier, samples, config)
+    if accuracies_due:
         log_accuracies(state, classifier, samples, config)
+
+
+def due_lines(state: TrainState, config: TrainConfig) -> tuple[bool, bool]:
+    """Return whether the losses and the accuracies after the last step are due and not yet in the state."""
+    if not state.step:
+        return False, False
+    step = state.step - 1  # the log counts from 0
+    return (
+        step % config.eval_freq == 0 and not is_logged(state.eval_history, step),
+        state.batches is None and not is_logged(state.epoch_metrics, state.step),
+    )
 
 
 def is_logged(history: list[dict], step: int) -> bool:
@@ -167,13 +181,14 @@ def is_logged(history: list[dict], step: int) -> bool:
 
 
 def log_losses(
-    state: TrainState, step: int, epoch: int, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig
+    state: TrainState, steps_per_epoch: int, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig
 ) -> None:
     """Evaluate, extend the evaluation history and print a log line."""
+    step = state.step - 1  # the log counts from 0
     check_finite(state, num_steps=config.eval_freq)
     train_loss, validation_loss = (mean_loss(sample, classifier) for sample in samples)
     state.eval_history.append({"step": step, "train_loss": train_loss, "validation_loss": validation_loss})
-    log(step_line(epoch + 1, state.eval_history[-1]))
+    log(step_line(step // steps_per_epoch + 1, state.eval_history[-1]))
 
 
 def log_accuracies(state: TrainState, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig) -> None:

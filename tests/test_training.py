@@ -108,6 +108,31 @@ def test_training_stops_after_exactly_max_steps(max_steps, steps, epochs):
     assert (len(calls), state.step, len(state.losses), len(state.epoch_metrics)) == (steps, steps, steps, epochs)
 
 
+def test_resumed_run_without_its_last_line_prints_it_and_calls_the_callbacks(capsys):
+    model, _layers = make_gpt_classifier()
+    classifier = Classifier(model, train_gpt.last_token_logits, CPU)
+    optimizers, dataset = build_optimizers("adamw", model, 1e-3), gpt_dataset(make_reviews(16))
+    config, seen = TrainConfig(batch_size=8, eval_freq=1), []
+
+    def train(state=None):
+        callbacks = [lambda state: seen.append((len(state.eval_history), len(state.epoch_metrics), state.seconds > 0))]
+        return train_classifier(classifier, optimizers, dataset, dataset, config, state, callbacks)
+
+    state = train()
+    *_, losses, accuracies = capsys.readouterr().out.splitlines()
+    assert seen == [(1, 0, True), (2, 1, True)]
+    train(state)
+    assert len(seen) == 2  # nothing was due
+    state.epoch_metrics.pop()
+    train(state)
+    state.epoch_metrics.pop()
+    state.eval_history.pop()
+    state.seconds = 0.0
+    train(state)
+    assert seen[2:] == [(2, 1, True)] * 2
+    assert capsys.readouterr().out.splitlines() == [accuracies, losses, accuracies]
+
+
 def test_training_log_has_the_published_format(capsys):
     model, _layers = make_gpt_classifier()
     train_with_adamw(model, train_gpt.last_token_logits, gpt_dataset(make_reviews(50)), eval_freq=5)

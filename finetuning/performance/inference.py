@@ -17,7 +17,7 @@ from finetuning.performance.device import autocast, empty_cache, is_compiled
 from finetuning.performance.unpadded_linear import unpadded_linear
 from finetuning.system.console import evaluation_bar, print_status
 from finetuning.system.errors import UserError, is_out_of_memory
-from finetuning.system.signals import raise_deferred_interrupt
+from finetuning.system.signals import raise_pending_interrupt
 
 # Enough tokens to keep the device busy; `retry_in_smaller_batches` lowers the number if memory runs out.
 EVAL_TOKENS_PER_BATCH = {"cpu": 8 * 256, "mps": 64 * 256, "cuda": 256 * 256}
@@ -68,7 +68,7 @@ def predict_logits(reviews: IMDbDataset, classifier: Classifier) -> torch.Tensor
     """Return the logits (reviews, classes) of a dataset, float32 on the CPU, in the dataset's order.
 
     Dropout is off, no random number is drawn and the training mode is restored, so that evaluating
-    does not change what is trained. Between two batches, an interrupt that `defer_interrupts` holds is raised.
+    does not change what is trained. A pending interrupt is raised after the current batch.
     """
     was_training = classifier.model.training
     classifier.model.eval()
@@ -79,8 +79,7 @@ def predict_logits(reviews: IMDbDataset, classifier: Classifier) -> torch.Tensor
     compiled = is_compiled(classifier.model)
 
     def compute(indices):
-        if distributed.is_main_process():  # which saves the checkpoint
-            raise_deferred_interrupt()
+        stop_if_interrupted()
         # A compiled model is recompiled for each shape: repeated reviews complete its batches to one size.
         size = max(1, classifier.eval_tokens // max(1, int(lengths[indices[0]]))) if compiled else len(indices)
         batch = reviews.collate(np.resize(indices, size))
@@ -88,10 +87,17 @@ def predict_logits(reviews: IMDbDataset, classifier: Classifier) -> torch.Tensor
 
     with inference_context(classifier):
         results = [*retry_in_smaller_batches(compute, evaluation_bar(batches), lengths, classifier)]
+    stop_if_interrupted()
     classifier.model.train(was_training)
     results = distributed.all_gather([(torch.from_numpy(indices), logits.cpu()) for indices, logits in results])
     indices, logits = (torch.cat(parts) for parts in zip(*results, strict=True))
     return torch.empty_like(logits).index_copy_(0, indices, logits)
+
+
+def stop_if_interrupted() -> None:
+    """Raise a pending interrupt in the main process; only that one saves checkpoints."""
+    if distributed.is_main_process():
+        raise_pending_interrupt()
 
 
 def retry_in_smaller_batches(

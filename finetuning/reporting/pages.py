@@ -64,8 +64,8 @@ def accuracy_points(results: Path) -> list[Point]:
     points = []
     for experiment in PUBLISHED_SPLIT:
         label = f"{experiment.number} {experiment.title}"
-        for number, record in enumerate(load_records(experiment, results).values()):
-            name = f"{experiment.number}, seed {record['arguments']['seed']}" if number else label
+        for index, record in enumerate(load_records(experiment, results).values()):
+            name = f"{experiment.number}, seed {record['arguments']['seed']}" if index else label
             minutes = record["seconds"]["training"] / 60
             points.append(Point(name, minutes, record["accuracy"]["test"], record["test_interval_95"]))
         if experiment.published and experiment.log and experiment.log.minutes:

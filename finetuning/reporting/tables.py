@@ -22,12 +22,14 @@ STRINGS = {
         "results": ["#", "model", "parameters", "published", "measured here (95% interval)"],
         "interval": " ({:.2%} to {:.2%})",
         "seeds": ", mean of seeds {}, sd {:.2f} points",
+        "separator": ", ",
         "measured log": "Measured here on {}, seed {} ([record]({})):",
     },
     "ja": {
         "results": ["#", "モデル", "パラメータ数", "公表値", "本リポジトリでの実測値(95% 信頼区間)"],
         "interval": "({:.2%}〜{:.2%})",
         "seeds": "、シード {} の平均、標準偏差 {:.2f} ポイント",
+        "separator": "、",
         "measured log": "本リポジトリでの実測({}、シード {}、[記録]({})):",
     },
 }
@@ -91,7 +93,8 @@ def accuracy_cell(experiment: Experiment, results: Path, strings: dict) -> str:
     interval = strings["interval"].format(*wilson_interval(round(mean * total), total))
     if len(records) == 1:
         return accuracy_link(mean, records) + interval
-    return f"{mean:.2%}{interval}" + strings["seeds"].format(seed_links(records), 100 * statistics.stdev(accuracies))
+    seeds = seed_links(records, strings["separator"])
+    return f"{mean:.2%}{interval}" + strings["seeds"].format(seeds, 100 * statistics.stdev(accuracies))
 
 
 def splits_table(experiments: Sequence[Experiment], results: Path) -> str:
@@ -140,7 +143,7 @@ def times_table(experiments: Iterable[Experiment], results: Path, benchmarks: It
 
 
 def recorded_times(records: Sequence[dict]) -> list[list[str]]:
-    """Return the cells mean time, peak memory and hardware of the records of each hardware."""
+    """Return, for each hardware, the cells mean time, peak memory and hardware of its records."""
     rows = []
     for hardware in dict.fromkeys(record["hardware"] for record in records):
         same = [record for record in records if record["hardware"] == hardware]
@@ -180,9 +183,9 @@ def accuracy_link(accuracy: float, records: dict[str, dict]) -> str:
     return f"[{accuracy:.2%}]({next(iter(records))})"
 
 
-def seed_links(records: dict[str, dict]) -> str:
+def seed_links(records: dict[str, dict], separator: str = ", ") -> str:
     """Return the seeds of records, {path: record}, each with a link to its record."""
-    return ", ".join(f"[{record['arguments']['seed']}]({path})" for path, record in records.items())
+    return separator.join(f"[{record['arguments']['seed']}]({path})" for path, record in records.items())
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 DEFERRED_MESSAGE = (
-    b"Finishing this step, then saving a checkpoint. Press Ctrl-C again to stop now "
+    b"Stopping after this step or evaluation batch, then saving a checkpoint. Press Ctrl-C again to stop now "
     b"and lose progress since the last one.\n"
 )
 
@@ -27,7 +27,7 @@ EXCEPTIONS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterru
 if hasattr(signal, "SIGHUP"):  # not on Windows
     EXCEPTIONS[signal.SIGHUP] = Hangup
 
-deferred: list[KeyboardInterrupt] = []  # the interrupt that `defer_interrupts` holds
+pending: list[KeyboardInterrupt] = []  # the interrupt that `defer_interrupts` holds
 
 
 def signal_number(error: KeyboardInterrupt) -> int:
@@ -64,20 +64,20 @@ def discard_terminal_output() -> None:
 
 @contextmanager
 def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
-    """Yield a list that holds the first interrupt instead of raising it, until `raise_deferred_interrupt` is called.
+    """Yield a list that holds the first interrupt instead of raising it, until `raise_pending_interrupt` is called.
 
     A Ctrl-C after the first interrupt is raised immediately. A later SIGTERM or SIGHUP is ignored, because
-    systemd sends both together. A deferred interrupt is raised when the block ends.
+    systemd sends both together. A pending interrupt is raised when the block ends.
     """
 
     def handler(number, frame):
         if EXCEPTIONS[number] is Hangup:
             discard_terminal_output()
-        if deferred:
+        if pending:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        deferred.append(EXCEPTIONS[number]())
+        pending.append(EXCEPTIONS[number]())
         # stderr may be closed, or a pipe to a `tee` that the same Ctrl-C has ended.
         with suppress(OSError, AttributeError):
             os.write(sys.__stderr__.fileno(), DEFERRED_MESSAGE)  # print() is not reentrant in a signal handler
@@ -85,18 +85,18 @@ def defer_interrupts() -> Iterator[list[KeyboardInterrupt]]:
     handled = [number for number in EXCEPTIONS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in handled}
     try:
-        yield deferred
+        yield pending
     finally:
         for number, previous in before.items():
             if signal.getsignal(number) is handler:  # unless a SIGHUP is ignored by now
                 signal.signal(number, previous)
-        held = deferred.copy()
-        deferred.clear()
+        held = pending.copy()
+        pending.clear()
     if held:
         raise held[0]
 
 
-def raise_deferred_interrupt() -> None:
+def raise_pending_interrupt() -> None:
     """Raise the interrupt that `defer_interrupts` holds, if any; call it where the run can resume."""
-    if deferred:
-        raise deferred[0]
+    if pending:
+        raise pending[0]

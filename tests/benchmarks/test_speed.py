@@ -101,7 +101,7 @@ def test_peer_is_refused_on_several_gpus(monkeypatch):
     """The Trainer trains with DataParallel on all of them, this project on one."""
     monkeypatch.setattr(speed, "select_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="set CUDA_VISIBLE_DEVICES=0 to compare on one"):
+    with pytest.raises(UserError, match="would use all 2 GPUs; set CUDA_VISIBLE_DEVICES to one of them"):
         speed.main(["--gpu"])
 
 

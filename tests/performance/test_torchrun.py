@@ -11,7 +11,7 @@ from tiny_models import TINY_CONFIGS, save_encoder
 
 import train_bert_hf
 import train_gpt
-from finetuning.checkpoint import CHECKPOINT
+from finetuning.checkpoint import CHECKPOINT, read_checkpoint
 from finetuning.reporting.plots import CURVES
 from finetuning.reporting.records import PREDICTIONS, RECORD, read_predictions, read_record
 
@@ -103,23 +103,23 @@ def test_two_processes_with_micro_batches_give_the_same_run_as_one(settings, tmp
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-# A run with dropout whose main process is interrupted in step `stop`. The other rank has another output folder, as on
-# another machine, and so no checkpoint.
+# A run with dropout whose processes are interrupted in evaluation `stop` of a loss. Rank 1 has another output folder,
+# as on another machine, and so no checkpoint.
 INTERRUPTED = """
 import os, runpy, signal, sys
 if os.environ["RANK"] != "0":
     sys.argv[-1] += "-elsewhere"
 sys.path.insert(0, {repository!r})
 import train_gpt
-from finetuning import experiment
+from finetuning import training
+mean_loss, calls = training.mean_loss, []
 
-class InterruptedCheckpointer(experiment.Checkpointer):
-    def __call__(self, state):
-        super().__call__(state)
-        if state.step == {stop}:
-            signal.raise_signal(signal.SIGINT)
-            experiment.raise_deferred_interrupt()
-experiment.Checkpointer = InterruptedCheckpointer
+def interrupted_mean_loss(reviews, classifier):
+    calls.append(1)
+    if len(calls) == {stop}:
+        signal.raise_signal(signal.SIGINT)
+    return mean_loss(reviews, classifier)
+training.mean_loss = interrupted_mean_loss
 train_gpt.BASE_CONFIG["drop_rate"] = 0.3
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -127,13 +127,14 @@ runpy.run_path({script!r}, run_name="__main__")
 
 def test_two_processes_resumed_from_a_checkpoint_give_the_same_run(gpt, tmp_path):
     scripts = {}
-    for name, stop in (("interrupted.py", 8), ("uninterrupted.py", None)):
+    for name, stop in (("interrupted.py", 6), ("uninterrupted.py", None)):
         scripts[name] = tmp_path / name
         scripts[name].write_text(INTERRUPTED.format(repository=str(REPOSITORY), script=str(TINY_GPT), stop=stop))
     done = torchrun(scripts["interrupted.py"], *gpt, "--output_dir", tmp_path / "resumed")
     assert done.returncode != 0
     assert done.stderr.count(f"Interrupted; to resume: torchrun --nproc_per_node 2 {TINY_GPT} ") == 1
-    assert CHECKPOINT in {path.name for path in (tmp_path / "resumed").iterdir()}
+    state = read_checkpoint(tmp_path / "resumed" / CHECKPOINT)["train_state"]
+    assert len(state["eval_history"]) == 2
     assert not (tmp_path / "resumed" / RECORD).exists()
     for folder, resume in (("resumed", ["--resume"]), ("expected", [])):
         done = torchrun(scripts["uninterrupted.py"], *gpt, *resume, "--output_dir", tmp_path / folder)

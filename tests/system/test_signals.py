@@ -20,8 +20,8 @@ from finetuning.system.signals import (
     Hangup,
     Terminated,
     defer_interrupts,
-    raise_deferred_interrupt,
     raise_exception,
+    raise_pending_interrupt,
     signal_number,
 )
 from finetuning.training import forward_backward
@@ -87,7 +87,7 @@ def test_deferred_interrupt_is_raised_at_the_end_of_the_block():
         reached.append("end")
     assert reached == ["end"]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    raise_deferred_interrupt()  # it is raised once
+    raise_pending_interrupt()  # it is raised once
     with defer_interrupts() as pending:
         pass
     assert pending == []
@@ -160,29 +160,29 @@ def test_closed_terminal_does_not_end_the_run_before_its_checkpoint(command, tmp
 
 
 # Evaluations 1 and 2 are those of step 0, on training and validation reviews; 7 and 8 end the first epoch, 16 the last.
+# Each is a single batch, before and after which `predict_logits` looks for an interrupt.
 @pytest.mark.parametrize(
-    ("evaluation", "step", "logged"),
-    [(1, 1, []), (4, 3, [0]), (7, 6, [0, 2, 4]), (9, 7, [0, 2, 4]), (16, 12, [0, 2, 4, 6, 8, 10])],
+    ("evaluation", "look", "step", "logged"),
+    [(1, 1, 1, []), (4, 2, 3, [0]), (7, 1, 6, [0, 2, 4]), (9, 1, 7, [0, 2, 4]), (16, 2, 12, [0, 2, 4, 6, 8, 10])],
 )
 def test_run_interrupted_in_a_log_line_resumes_with_that_line(
-    evaluation, step, logged, resumable_command, tmp_path, monkeypatch, capsys
+    evaluation, look, step, logged, resumable_command, tmp_path, monkeypatch, capsys
 ):
     def train(name, *arguments):
         train_bert_hf.main([*resumable_command, "--output_dir", str(tmp_path / name), *arguments])
 
     def interrupt():
         calls.append(1)
-        if len(calls) == evaluation:
+        if len(calls) == 2 * (evaluation - 1) + look:
             signal.raise_signal(signal.SIGTERM)
-        raise_deferred_interrupt()
+        raise_pending_interrupt()
 
     train("expected")
     log = capsys.readouterr().out.splitlines()
     calls = []
     with monkeypatch.context() as patch, pytest.raises(Terminated):
-        patch.setattr("finetuning.performance.inference.raise_deferred_interrupt", interrupt)
+        patch.setattr("finetuning.performance.inference.raise_pending_interrupt", interrupt)
         train("run")
-    assert len(calls) == evaluation
     state = read_checkpoint(checkpoint_paths(tmp_path / "run")[0])["train_state"]
     assert (state["step"], len(state["losses"]), [row["step"] for row in state["eval_history"]]) == (step, step, logged)
     train("run", "--resume")
