@@ -19,6 +19,8 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import download_prepare_dataset
@@ -116,11 +118,7 @@ def run_rounds(args: Namespace) -> None:
     """Measure all workloads, print their tables and add them to the report."""
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     device = select_device(args.device)
-    names = {implementation for name in args.workloads for implementation in implementations(args, name)}
-    if device.type == "cuda" and device_count("cuda") > 1 and names.intersection(report.TRAINERS):
-        raise UserError(
-            f"the Trainer of --peer would use all {device_count('cuda')} GPUs; set CUDA_VISIBLE_DEVICES to one of them"
-        )
+    check_single_gpu(args, device)
     environment = {
         "command": args.command,
         "hardware": device_name(device),
@@ -146,6 +144,14 @@ def run_rounds(args: Namespace) -> None:
     print(f"{report.ratio_table(rows)}\n\n{report.utilization_table(rows)}")
     if failed:
         raise UserError(f"not measured: {', '.join(failed)}; the others are in {args.output}")
+
+
+def check_single_gpu(args: Namespace, device: torch.device) -> None:
+    """Raise UserError if the Trainer, which uses all GPUs it sees, would be compared with this project on one."""
+    num_gpus = device_count("cuda") if device.type == "cuda" else 0
+    measured = {implementation for name in args.workloads for implementation in implementations(args, name)}
+    if num_gpus > 1 and measured.intersection(report.TRAINERS):
+        raise UserError(f"the Trainer of --peer would use all {num_gpus} GPUs; set CUDA_VISIBLE_DEVICES to one of them")
 
 
 def implementations(args: Namespace, name: str) -> list[str]:

@@ -47,6 +47,11 @@ class TrainState:
     epoch_metrics: list = field(default_factory=list)  # {"step", "train_accuracy", "validation_accuracy"}
     seconds: float = 0.0  # wall-clock time
 
+    @property
+    def log_step(self) -> int:
+        """The last optimizer step as the log counts them, from 0."""
+        return self.step - 1
+
     def history(self) -> dict[str, list]:
         """Return losses and metrics, rounded to six digits, under the record's keys."""
         return {
@@ -84,7 +89,7 @@ def train_classifier(
     classifier.model.train()
 
     def end_step():
-        state.seconds = time.perf_counter() - started
+        state.seconds = time.perf_counter() - started  # of a run that is interrupted in the next line
         log_due_lines(state, steps_per_epoch, classifier, samples, config)
         state.seconds = time.perf_counter() - started
         for callback in callbacks:
@@ -168,9 +173,8 @@ def due_lines(state: TrainState, config: TrainConfig) -> tuple[bool, bool]:
     """Return whether the losses and the accuracies after the last step are due and not yet in the state."""
     if not state.step:
         return False, False
-    step = state.step - 1  # the log counts from 0
     return (
-        step % config.eval_freq == 0 and not is_logged(state.eval_history, step),
+        state.log_step % config.eval_freq == 0 and not is_logged(state.eval_history, state.log_step),
         state.batches is None and not is_logged(state.epoch_metrics, state.step),
     )
 
@@ -184,11 +188,10 @@ def log_losses(
     state: TrainState, steps_per_epoch: int, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig
 ) -> None:
     """Evaluate, extend the evaluation history and print a log line."""
-    step = state.step - 1  # the log counts from 0
     check_finite(state, num_steps=config.eval_freq)
     train_loss, validation_loss = (mean_loss(sample, classifier) for sample in samples)
-    state.eval_history.append({"step": step, "train_loss": train_loss, "validation_loss": validation_loss})
-    log(step_line(step // steps_per_epoch + 1, state.eval_history[-1]))
+    state.eval_history.append({"step": state.log_step, "train_loss": train_loss, "validation_loss": validation_loss})
+    log(step_line(state.log_step // steps_per_epoch + 1, state.eval_history[-1]))
 
 
 def log_accuracies(state: TrainState, classifier: Classifier, samples: list[IMDbDataset], config: TrainConfig) -> None:

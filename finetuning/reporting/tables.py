@@ -23,7 +23,7 @@ STRINGS = {
         "interval": " ({:.2%} to {:.2%})",
         "seeds": ", mean of seeds {}, sd {:.2f} points",
         "separator": ", ",
-        "measured log": "Measured here on {}, seed {} ([record]({})):",
+        "measured log": "Measured here on {} with seed {} ([record]({})):",
     },
     "ja": {
         "results": ["#", "モデル", "パラメータ数", "公表値", "本リポジトリでの実測値(95% 信頼区間)"],

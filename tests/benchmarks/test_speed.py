@@ -103,6 +103,8 @@ def test_peer_is_refused_on_several_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="would use all 2 GPUs; set CUDA_VISIBLE_DEVICES to one of them"):
         speed.main(["--gpu"])
+    args = speed.parse_args(["--gpu", "gpt2-all"])  # which the Trainer does not measure
+    speed.check_single_gpu(args, torch.device("cuda"))
 
 
 def test_measure_in_subprocess_returns_what_the_process_measures(data_dir):

@@ -116,7 +116,7 @@ def test_log_section_shows_the_published_log_before_the_recorded_one(tmp_path):
     assert log_sections.log_section(experiment._replace(log=None), tmp_path) == ""
     write_sized_example(tmp_path / "results" / "logreg-counts-seed1", 0.9)
     both = log_sections.log_section(experiment, tmp_path / "results")
-    recorded = "Measured here on a CPU, seed 1 ([record](results/logreg-counts-seed1/record.json)):"
+    recorded = "Measured here on a CPU with seed 1 ([record](results/logreg-counts-seed1/record.json)):"
     assert both.startswith(f"{published}\n{recorded}\n```\n")
     assert both.endswith("Test Accuracy: 90.00%\n```")
     write_sized_example(tmp_path / "results" / "logreg-counts-seed2", 0.8)
